@@ -1,0 +1,90 @@
+"""Gradient-based meta-learners on any loss: MAML, FOMAML, Meta-SGD and Reptile.
+
+Needs torch alone; copy this file into your project. Everything is batched: parameters are a dict of tensors that
+start with (S, 1), S independent runs (seeds, hyper-parameters, or just 1), and M tasks adapt at once, without a loop.
+
+The one abstraction: `task_loss(params) -> (S, M)` draws fresh data for its M tasks *under the given parameters*
+(each (S, M, ...)) and returns a differentiable loss L = −J. It is called anew before every gradient step.
+
+A meta-learner fills `.grad` of the parameters with its meta-gradient, and any torch optimiser takes the step:
+
+    theta = {name: torch.stack([...])[:, None].requires_grad_() for ...}  # leaves (S, 1, ...)
+    optimizer = torch.optim.SGD(theta.values(), lr=beta)
+    for epoch in range(epochs):
+        maml(theta, task_loss, alpha, num_tasks)
+        optimizer.step()
+    adapted = adapt(expand(theta, num_tasks), task_loss, alpha)  # to new tasks, with the new tasks' loss
+
+Losses are summed over runs and tasks, never averaged, so runs do not touch each other; the gradient of the expanded
+view sums over tasks by itself, which is the sum of Eq. 2b. Equations: Zhang, Yan, Liu 2025 (arXiv 2510.00212).
+"""
+
+from functools import partial
+
+import torch
+
+
+def expand(theta, num_tasks):
+    """θ (S, 1, ...) seen once per task: (S, M, ...), a view through which gradients sum over the tasks."""
+    return {name: p.expand(-1, num_tasks, *p.shape[2:]) for name, p in theta.items()}
+
+
+def adapt(theta, task_loss, alpha, inner_steps=1, second_order=True):
+    """The inner loop for every task at once: θ'ᵢ = θ − α ∇L_Tᵢ(θ)  (Eq. 2a; L = −J), `inner_steps` times.
+
+    theta: dict of tensors (S, M, ...), from `expand`; task_loss: params -> losses (S, M).
+    alpha: a number, or a dict of tensors that broadcast against theta's (Meta-SGD).
+    second_order: keep the step in the graph, so that a gradient through θ' sees ∇²L; False detaches it (FOMAML).
+    Returns θ' (S, M, ...). Raises ValueError where a parameter does not start with the loss's shape: tasks would mix.
+    """
+    adapted = theta
+    for _ in range(inner_steps):
+        loss = task_loss(adapted)  # (S, M)
+        for name, p in adapted.items():
+            if loss.dim() != 2 or p.shape[:2] != loss.shape:
+                raise ValueError(
+                    f"adapt: parameter {name!r} has shape {tuple(p.shape)} and the loss {tuple(loss.shape)}; expected "
+                    "a loss (S, M) and parameters (S, M, ...): expand them first with expand(theta, num_tasks)"
+                )
+        gradients = torch.autograd.grad(loss.sum(), list(adapted.values()), create_graph=second_order)
+        adapted = {
+            name: p - (alpha[name] if isinstance(alpha, dict) else alpha) * gradient
+            for (name, p), gradient in zip(adapted.items(), gradients, strict=True)
+        }
+    return adapted
+
+
+def maml(theta, task_loss, alpha, num_tasks, inner_steps=1, second_order=True):
+    """The meta-gradient Σᵢ ∇_θ L_Tᵢ(θ'ᵢ)  (Eq. 2b), on data resampled under θ'ᵢ; fills `.grad` of theta.
+
+    theta: dict of leaves (S, 1, ...). second_order=False takes ∇_θ' instead of ∇_θ: FOMAML (Nichol et al. 2018).
+    alpha: a number, or a dict of leaves (S, 1, ...), which get their meta-gradient too: Meta-SGD (Li et al. 2017).
+    """
+    adapted = adapt(expand(theta, num_tasks), task_loss, alpha, inner_steps, second_order)
+    loss = task_loss(adapted)  # (S, M)
+    learned = [*theta.values(), *(alpha.values() if isinstance(alpha, dict) else ())]
+    for p, gradient in zip(learned, torch.autograd.grad(loss.sum(), learned), strict=True):
+        p.grad = gradient
+
+
+def reptile(theta, task_loss, alpha, num_tasks, inner_steps=5):
+    """The Reptile direction θ − meanᵢ θ'ᵢ (Nichol et al. 2018), no query batch; fills `.grad` of theta.
+
+    An SGD step of size ε then is θ ← θ + ε meanᵢ(θ'ᵢ − θ).
+    """
+    adapted = adapt(expand(theta, num_tasks), task_loss, alpha, inner_steps, second_order=False)
+    for name, p in theta.items():
+        p.grad = (p - adapted[name].mean(dim=1, keepdim=True)).detach()
+
+
+def learned_alpha(theta, alpha):
+    """Meta-SGD's α: one learned step size per parameter, all equal to the number `alpha` at first."""
+    return {name: torch.full_like(p, alpha, requires_grad=True) for name, p in theta.items()}
+
+
+META_LEARNERS = {
+    "maml": maml,
+    "fomaml": partial(maml, second_order=False),
+    "meta-sgd": maml,  # with alpha=learned_alpha(theta, alpha), which its optimiser must know
+    "reptile": reptile,
+}

@@ -1,0 +1,285 @@
+"""The run folders of one experiment -> report.md, curves.png and adaptation.png. Needs numpy; figures need matplotlib.
+
+Statistics over seeds as rliable does them (Agarwal et al. 2021): the interquartile mean (IQM), and 95% percentile
+bootstrap intervals.
+"""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+EMA = 0.9  # the paper's smoothing factor
+RESAMPLES = 1000
+# Okabe & Ito's colours, told apart by colour-blind readers; line style and marker tell the rest.
+COLOURS = {"maml": "#0072B2", "fomaml": "#D55E00", "meta-sgd": "#009E73", "reptile": "#CC79A7"}
+MARKERS = "osD^vPX*<>"
+
+
+# --- statistics ---
+
+
+def ema(values, factor=EMA):
+    """Exponential moving average, started at the first value."""
+    smooth, out = values[0], []
+    for value in values:
+        smooth = factor * smooth + (1 - factor) * value
+        out.append(smooth)
+    return np.array(out)
+
+
+def iqm(values, axis=0):
+    """Interquartile mean: the mean of what is left without the lowest and the highest quarter (rounded down)."""
+    values = np.sort(np.asarray(values, dtype=float), axis=axis)
+    cut = values.shape[axis] // 4
+    return np.take(values, range(cut, values.shape[axis] - cut), axis=axis).mean(axis)
+
+
+def interval(values, axis=0):
+    """The IQM's 95% percentile bootstrap interval over `axis`, the seeds: (low, high)."""
+    values = np.moveaxis(np.asarray(values, dtype=float), axis, 0)
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    means = np.sort(iqm(values[draws], axis=1), axis=0)
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+
+
+# --- reading ---
+
+
+def read(root):
+    """All runs under root: {label: [run, ..]}, a run a dict of config, log columns, and evaluation rows."""
+    groups = {}
+    for path in sorted(Path(root).glob("**/config.json")):
+        config = json.loads(path.read_text())
+        log = read_csv(path.with_name("log.csv"))
+        if not log:
+            continue
+        run = {
+            "config": config,
+            "failed": path.with_name("failed.txt").exists(),
+            "log": {key: np.array([float(row[key] or "nan") for row in log]) for key in log[0]},
+            "eval": read_csv(path.with_name("eval.csv")),
+        }
+        groups.setdefault((config["algo"], config["delta"]), []).append(run)
+    labels = {}
+    for (algo, delta), runs in groups.items():
+        several = sum(other == algo for other, _ in groups) > 1
+        labels[f"{algo}, δ = {delta:g}" if several else algo] = runs
+    return labels
+
+
+def read_csv(path):
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def convergence(run):
+    """Index of the first epoch whose smoothed return_post is over the environment's threshold, or None."""
+    over = np.flatnonzero(ema(run["log"]["return_post"]) > run["config"]["threshold"])
+    return None if run["failed"] or not len(over) else int(over[0])
+
+
+# --- the table ---
+
+
+def plus_minus(values, form="{:.3g}"):
+    return f"{form.format(np.mean(values))} ± {form.format(np.std(values))}"
+
+
+def with_interval(values, form="{:.4g}"):
+    """IQM [low, high]; what was never reached counts as infinite and shows as such."""
+    low, high = interval(values)
+    return "{} [{}, {}]".format(*(form.format(x) if math.isfinite(x) else "never" for x in (iqm(values), low, high)))
+
+
+def final_return(run):
+    """Mean return after adaptation over the last tenth of the epochs."""
+    values = run["log"]["return_post"]
+    return values[-max(len(values) // 10, 1) :].mean()
+
+
+def reached(runs, key):
+    """What each run had spent of a log column when it converged; infinite where it never did."""
+    return [math.inf if (at := convergence(run)) is None else run["log"][key][at] for run in runs]
+
+
+def row(label, runs, twins):
+    """One line of the table; twins: the runs of the same algorithm without the δ-step, or None."""
+    good = [run for run in runs if not run["failed"]]
+    per_epoch = [run["log"]["seconds"][-1] / len(run["log"]["epoch"]) for run in runs]
+    epochs = reached(runs, "epoch")
+    lengths = sorted({len(run["log"]["epoch"]) for run in runs})
+    ratio = "–"
+    if twins:
+        pairs = [(iqm(reached(twins, key)), iqm(reached(runs, key))) for key in ("epoch", "env_steps", "seconds")]
+        ratio = ", ".join(f"{a / b:.2f}×" if math.isfinite(a) and math.isfinite(b) else "–" for a, b in pairs)
+    cells = [
+        label,
+        f"{len(runs)}" + (f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""),
+        "-".join(map(str, lengths[:: len(lengths) - 1] if len(lengths) > 1 else lengths)),
+        plus_minus(per_epoch),
+        plus_minus([1000 * x for x in per_epoch]),
+        f"{sum(map(math.isfinite, epochs))}/{len(runs)}",
+        with_interval(epochs),
+        with_interval(reached(runs, "env_steps"), "{:.3g}"),
+        with_interval(reached(runs, "seconds"), "{:.3g}"),
+        with_interval([final_return(run) for run in good]) if good else "–",
+        ratio,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = [
+    "algorithm", "runs", "epochs trained", "s per epoch", "s per 1000 epochs", "converged", "epochs to convergence",
+    "env steps to convergence", "s to convergence", "final return", "speed-up by δ: epochs, steps, s",
+]  # fmt: skip
+
+
+def table(labels):
+    """The paper's Table II for these runs, in Markdown."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    for label, runs in labels.items():
+        algo = runs[0]["config"]["algo"]
+        twins = labels.get(algo.removeprefix("directed-")) if algo.startswith("directed-") else None
+        lines.append(row(label, runs, twins))
+    return "\n".join(lines)
+
+
+def text(labels):
+    config = next(iter(labels.values()))[0]["config"]
+    return f"""# {config["env"]}, {config["rl"]}
+
+{table(labels)}
+
+Seconds: training time, evaluation excluded, as mean ± standard deviation over runs; runs trained in one batch share
+its time evenly. Convergence: the first epoch at which the mean return after adaptation, smoothed (EMA {EMA}), is above
+{config["threshold"]:g}; a run that never gets there counts as infinite ("never") and is not dropped. Final return:
+mean return after adaptation over the last tenth of the epochs. Convergence and return are interquartile means over
+seeds with 95% bootstrap intervals. Speed-up: the undirected twin's interquartile mean over this one's.
+"""
+
+
+# --- the figures ---
+
+
+def style(labels):
+    """A look for every label: one colour an algorithm; solid with the δ-step, dashed without; markers tell δ apart."""
+    looks, seen = {}, {}
+    for label, runs in labels.items():
+        algo = runs[0]["config"]["algo"]
+        base = algo.removeprefix("directed-")
+        marker = MARKERS[seen.setdefault(algo, 0) % len(MARKERS)]
+        seen[algo] += 1
+        directed = base != algo
+        looks[label] = {
+            "color": COLOURS[base],
+            "linestyle": "-" if directed else "--",
+            "marker": marker if directed else None,
+            "markersize": 4,
+            "label": f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})",
+        }
+    return looks
+
+
+def draw_curves(plt, labels, path):
+    """Fig. 2 and 3: smoothed return after adaptation against epochs, one line an algorithm."""
+    config = next(iter(labels.values()))[0]["config"]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for look, runs in zip(style(labels).values(), labels.values(), strict=True):
+        length = min(len(run["log"]["epoch"]) for run in runs)
+        curves = np.stack([ema(run["log"]["return_post"][:length]) for run in runs])
+        epochs = runs[0]["log"]["epoch"][:length]
+        low, high = interval(curves)
+        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.plot(epochs, iqm(curves), markevery=max(length // 12, 1), **look)
+    axes.axhline(config["threshold"], color="0.5", linewidth=0.8, linestyle=":")
+    axes.annotate(f"convergence: {config['threshold']:g}", (0.995, config["threshold"]), (0, 2), color="0.35",
+                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    axes.set(
+        title=f"{config['env']}, {config['rl']}: interquartile mean over seeds, 95% bootstrap interval",
+        xlabel="epoch",
+        ylabel=f"mean return after adaptation (undiscounted, EMA {EMA})",
+    )
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def held_out(runs):
+    """The last evaluation: (x (G,), returns (runs, steps + 1, G)); x is φ, or φ's distance from the grid's centre."""
+    returns = []
+    for run in runs:
+        last = run["eval"][-1]["epoch"]
+        rows = [r for r in run["eval"] if r["epoch"] == last]
+        phi = np.array([[float(x) for x in r["phi"].split()] for r in rows if r["step"] == "0"])
+        returns.append(np.array([float(r["return"]) for r in rows]).reshape(len(phi), -1).T)
+    if phi.shape[1] == 1:
+        return phi[:, 0], np.stack(returns)
+    distance = np.linalg.norm(phi - phi.mean(0), axis=1).round(9)
+    groups = np.unique(distance)
+    return groups, np.stack([[r[:, distance == d].mean(1) for d in groups] for r in returns]).swapaxes(1, 2)
+
+
+def draw_adaptation(plt, labels, path):
+    """Held-out return before and after adaptation against φ, one panel an algorithm."""
+    labels = {label: [run for run in runs if run["eval"]] for label, runs in labels.items()}
+    labels = {label: runs for label, runs in labels.items() if runs}
+    if not labels:
+        return False
+    columns = min(len(labels), 3)
+    count = math.ceil(len(labels) / columns)
+    figure, panels = plt.subplots(
+        count, columns, figsize=(0.5 + 3.6 * columns, 0.8 + 2.8 * count), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for panel in panels.flat[len(labels) :]:
+        panel.set_visible(False)
+    for panel, (label, runs) in zip(panels.flat, labels.items(), strict=False):
+        config = runs[0]["config"]
+        x, returns = held_out(runs)
+        steps = sorted({0, config["inner_steps"], returns.shape[1] - 1} & set(range(returns.shape[1])))
+        for step, colour, mark in zip(steps, ["#000000", "#0072B2", "#D55E00"], "osD", strict=False):
+            low, high = interval(returns[:, step])
+            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            name = "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}"
+            panel.plot(x, iqm(returns[:, step]), color=colour, marker=mark, markersize=4, label=name,
+                       linestyle=[":", "-", "--"][steps.index(step)])  # fmt: skip
+        panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})", fontsize=10)
+        panel.grid(alpha=0.3)
+    figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks after epoch {runs[0]['eval'][-1]['epoch']}")
+    for column in range(columns):  # the lowest panel of each column
+        lowest = panels.flat[max(range(column, len(labels), columns))]
+        lowest.set_xlabel(config["phi"][0] if len(config["phi"]) == 1 else "distance of φ from the mean task")
+        lowest.tick_params(labelbottom=True)
+    figure.supylabel("mean return (undiscounted)", fontsize=10)
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
+def write(root):
+    """Rewrite report.md and the figures under root from all runs there; returns lines that say what was written."""
+    root = Path(root)
+    labels = read(root)
+    if not labels:
+        return [f"{root}: no run with a log, so no report"]
+    (root / "report.md").write_text(text(labels), encoding="utf-8")
+    lines = [f"wrote {root / 'report.md'}"]
+    try:
+        import matplotlib
+    except ImportError:
+        return [*lines, "no figures: matplotlib is not installed (pip install matplotlib, then the same with --resume)"]
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    draw_curves(plt, labels, root / "curves.png")
+    lines.append(f"wrote {root / 'curves.png'}")
+    if draw_adaptation(plt, labels, root / "adaptation.png"):
+        lines.append(f"wrote {root / 'adaptation.png'}")
+    return lines

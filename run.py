@@ -1,0 +1,584 @@
+"""Train, evaluate and report: `python run.py --env cartpole --algo directed-fomaml --seed 1`; all flags: `--help`.
+
+All runs of one algorithm, seeds × deltas, are one batched program along the first axis S. Read `main` first, then
+`train` and `train_epoch`; Eq. 2b is in maml.py and the δ-step in directed.py.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import difflib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy
+import torch
+from tqdm import tqdm
+
+import directed
+import envs
+import maml
+import policies
+import report
+
+ALGORITHMS = [*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS)]
+LOG_FIELDS = ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med"]
+EVAL_FIELDS = ["epoch", "phi", "step", "return"]
+INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the number streams of envs.generators
+CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
+CHECKPOINT_FORMAT = 1
+
+
+def fail(message, code=1):
+    """One clear line on standard error, and out."""
+    print(f"run.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# --- the command line ---
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (see --help)", code=2)
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number of `kind` from `low` (exclusive where `above`) to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            what = "a whole number" if kind is int else "a number"
+            upto = f" and <= {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {what} {'>' if above else '>='} {low:g}{upto}")
+        return value
+
+    return parse
+
+
+def parse_args(argv):
+    parser = Parser(
+        prog="run.py",
+        description="Train, evaluate and report Directed-MAML and its peers.",
+        epilog="example: python run.py --env cartpole --algo directed-maml --seed 1 2 3 4 5 --delta 0 0.001 0.005 0.01",
+    )
+
+    def add(flag, example, text, default=None, shown=None, **options):
+        shown = "" if shown is None and default is None else f" (default {shown or default})"
+        parser.add_argument(flag, default=default, help=f"{text}{shown}; e.g. {flag} {example}", **options)
+
+    count, step_size = number(int, 1), number(float, 0, above=True)
+    # fmt: off
+    add("--env", "cartpole", "task family: " + ", ".join(envs.ENVS), required=True)
+    add("--algo", "maml directed-maml", "one or several of " + ", ".join(ALGORITHMS),
+        nargs="+", choices=ALGORITHMS, metavar="ALGO", required=True)
+    add("--rl", "ac", "pg: policy gradient, ac: actor-critic", "pg", choices=policies.LOSSES)
+    add("--seed", "1 2 3 4 5", "one or several, all trained at once", [1], "1", nargs="+", type=number(int, 0))
+    add("--delta", "0 0.001 0.005", "δ of directed-*, one or several, all trained at once",
+        shown="0.005; point, velocity 0.0015", nargs="+", type=number(float, 0))
+    add("--alpha", "0.01", "inner step size α", shown="0.001; point 0.03, velocity 0.01", type=step_size)
+    add("--beta", "0.02", "outer step size β", shown="0.001; point, velocity 0.0003; reptile's ε 1", type=step_size)
+    add("--gamma", "1", "discount γ", 0.99, type=number(float, 0, 1, above=True))
+    add("--gae-lambda", "1", "λ of --rl ac", 0.95, type=number(float, 0, 1))
+    add("--tasks", "20", "M tasks an epoch", 5, type=count)
+    add("--trajectories", "40", "K trajectories a task, before and after adaptation alike", 10, type=count)
+    add("--horizon", "100", "H steps an episode at most", shown="cartpole 200; point, velocity 20", type=count)
+    add("--epochs", "1000", "E", shown="cartpole 400; point, velocity 200", type=count)
+    add("--inner-steps", "3", "gradient steps of an adaptation", shown="1; reptile 5", type=count)
+    add("--hidden", "100 100", "widths of the tanh layers", [64, 64], "64 64", nargs="+", type=count)
+    add("--medium", "sampled", "medium task: mean of Φ, mean of the sampled tasks, a random task each epoch, or a φ",
+        ["mean"], "mean", nargs="+")
+    add("--range", "5 15", "Φ: LOW HIGH for each component of φ", shown="the environment's",
+        nargs="+", type=float, metavar="BOUND")
+    add("--estimator", "dice", "of the meta-gradient's second-order terms", "lvc", choices=policies.ESTIMATORS)
+    add("--baseline", "step", "taken from the advantages: each task's mean, or each time step's",
+        shown="task; point, velocity step", choices=policies.BASELINES)
+    add("--optimizer", "adam", "of the β-step", "sgd", choices=OPTIMIZERS)
+    add("--device", "cpu", "auto: cuda where there is one", "auto", choices=["auto", "cpu", "cuda"])
+    add("--threads", "4", "CPU threads; more than one pays only in large sweeps", 1, type=count)
+    add("--eval-every", "10", "epochs between evaluations", 50, type=count)
+    add("--eval-steps", "1", "evaluate after 0, 1, .. this many inner steps", 3, type=count)
+    add("--out", "/tmp/runs", "folder of all runs", Path("runs"), type=Path)
+    # fmt: on
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with runs that exist, e.g. with more --epochs")
+    existing.add_argument("--overwrite", action="store_true", help="start runs that exist anew")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    return parser.parse_args(argv)
+
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+TABLE_I = {"alpha": 0.001, "beta": 0.001, "delta": 0.005, "inner_steps": 1, "baseline": "task"}
+# Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
+REPTILE = {"beta": 1.0, "inner_steps": 5}
+
+
+def resolve_env(args):
+    """The task family with --horizon and --range applied."""
+    if args.env not in envs.ENVS:
+        close = difflib.get_close_matches(args.env, envs.ENVS, 1)
+        hint = f"did you mean {close[0]}?" if close else "choose from " + ", ".join(envs.ENVS)
+        fail(f"--env {args.env}: unknown environment; {hint}", 2)
+    env = envs.ENVS[args.env]
+    try:
+        return envs.configure(env, horizon=args.horizon, bounds=args.range)
+    except ValueError as error:
+        fail(f"--range {' '.join(f'{x:g}' for x in args.range)}: {error}", 2)
+
+
+def resolve_medium(args, env):
+    """--medium as one of the words, or a φ as a list of numbers."""
+    if args.medium in (["mean"], ["sampled"], ["random"]):
+        return args.medium[0]
+    try:
+        phi = [float(x) for x in args.medium]
+    except ValueError:
+        phi = []
+    if len(phi) != len(env.low) or not all(map(math.isfinite, phi)):
+        fail(
+            f"--medium {' '.join(args.medium)}: expected mean, sampled, random or {len(env.low)} number(s): "
+            + ", ".join(env.phi), 2,
+        )  # fmt: skip
+    return phi
+
+
+def resolve_device(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
+    if args.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return args.device
+
+
+def resolve_runs(args, algo, env):
+    """Every setting of every run of one algorithm: {folder: settings}."""
+    base = algo.removeprefix("directed-")
+    defaults = TABLE_I | env.defaults | (REPTILE if base == "reptile" else {})
+    given = {key: value for key in defaults if (value := getattr(args, key)) is not None}
+    deltas = (given.get("delta") or [defaults["delta"]]) if algo != base else [None]
+    for flag, values in (("--seed", args.seed), ("--delta", deltas)):
+        if len(set(values)) < len(values):
+            fail(f"{flag} {' '.join(map(str, values))}: a value stands twice; name each once", 2)
+    common = {
+        "env": args.env, "algo": algo, "rl": args.rl, **(defaults | given), "gamma": args.gamma,
+        "gae_lambda": args.gae_lambda, "tasks": args.tasks, "trajectories": args.trajectories, "horizon": env.horizon,
+        "low": list(env.low), "high": list(env.high), "hidden": args.hidden, "medium": resolve_medium(args, env),
+        "estimator": args.estimator, "optimizer": args.optimizer, "eval_steps": args.eval_steps,
+    }  # fmt: skip
+    runs = {}
+    for delta, seed in itertools.product(deltas, args.seed):
+        folder = (
+            args.out / f"{args.env}-{args.rl}" / algo / ("" if delta is None else f"delta{delta:.12g}") / f"seed{seed}"
+        )
+        runs[folder] = common | {"delta": delta, "seed": seed}
+    return runs
+
+
+# --- files: nothing is ever half-written ---
+
+
+def write_atomically(path, data):
+    """bytes or text -> path, by way of a file beside it: whoever reads path sees the old content or the new."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        file.write(data if isinstance(data, bytes) else data.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def append_rows(path, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    with open(path, "a", newline="") as file:
+        file.write(text.getvalue())
+
+
+def trim_rows(path, fields, keep):
+    """Cut from a CSV file the rows that `keep(epoch)` does not want, and what a crash left of a last one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [line for line in lines[1:] if line.endswith("\n") and keep(int(line.split(",")[0]))]
+    write_atomically(path, "".join([",".join(fields) + "\n", *rows]))
+    return len(rows)
+
+
+def save(folder, state):
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_atomically(folder / "checkpoint.pt", data.getvalue())
+
+
+def load(folder, settings):
+    """The run's checkpoint, or None where it has not got one yet. Loading never runs code: weights_only=True."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, all of which mean the same here
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        fail(f"{path}: not a checkpoint that torch can read ({reason}); restore it, or start anew with --overwrite")
+    known = isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT
+    if not known or not isinstance(state.get("settings"), dict):
+        fail(f"{path}: not a checkpoint of this program, or of another version; start anew with --overwrite")
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            flag = "--" + {"low": "range", "high": "range"}.get(key, key).replace("_", "-")
+            fail(
+                f"{folder}: began with {key} {state['settings'].get(key)}, this command says {value}; "
+                f"give {flag} as before, another --out, or --overwrite", 2,
+            )  # fmt: skip
+    return state
+
+
+# --- a batch of runs, and its checkpoints ---
+
+
+@dataclass
+class Batch:
+    """S runs of one algorithm, trained as one program. Leaves of theta and alpha are (S, 1, ...)."""
+
+    folders: list
+    settings: list
+    epoch: int
+    theta: dict
+    alpha: dict | float  # a dict where it is learned: Meta-SGD
+    optimizer: torch.optim.Optimizer
+    totals: list  # one dict a run: env_steps, seconds, sample_seconds
+
+    @property
+    def device(self):
+        return next(iter(self.theta.values())).device
+
+    @property
+    def seeds(self):
+        return [settings["seed"] for settings in self.settings]
+
+
+def new_state(settings, env, head):
+    """Where a run begins: the same θ for every algorithm with the same seed."""
+    start = envs.generators([settings["seed"]], INIT)
+    theta = policies.init(env.obs_dim, head, start, settings["hidden"], critic=settings["rl"] == "ac")
+    meta_sgd = settings["algo"].endswith("meta-sgd")
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "settings": settings,
+        "epoch": 0,
+        "theta": theta,
+        "alpha": maml.learned_alpha(theta, settings["alpha"]) if meta_sgd else settings["alpha"],
+        "optimizer": {},
+        "totals": {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0},
+    }
+
+
+def stack(states, folders, device):
+    """States of runs at the same epoch -> Batch."""
+
+    def join(dicts):
+        return {key: torch.cat([d[key].detach() for d in dicts]).to(device).requires_grad_() for key in dicts[0]}
+
+    settings = states[0]["settings"]
+    theta = join([state["theta"] for state in states])
+    alpha = settings["alpha"]
+    if isinstance(states[0]["alpha"], dict):
+        alpha = join([state["alpha"] for state in states])
+    learned = [*theta.values(), *(alpha.values() if isinstance(alpha, dict) else ())]
+    optimizer = OPTIMIZERS[settings["optimizer"]](learned, lr=settings["beta"])
+    for i, p in enumerate(learned):
+        for key in states[0]["optimizer"].get(i, {}):
+            parts = [state["optimizer"][i][key] for state in states]
+            optimizer.state[p][key] = torch.cat(parts).to(device) if parts[0].dim() else parts[0].clone()
+    totals = [dict(state["totals"]) for state in states]
+    return Batch(folders, [s["settings"] for s in states], states[0]["epoch"], theta, alpha, optimizer, totals)
+
+
+def split(batch):
+    """Batch -> the states of its runs, on the CPU."""
+
+    def part(x, run):  # one run's slice; Adam's step count is the same for all
+        return x[run : run + 1].detach().cpu().clone() if x.dim() else x.cpu().clone()
+
+    states = []
+    for run, settings in enumerate(batch.settings):
+        learned_alpha = isinstance(batch.alpha, dict)
+        states.append({
+            "format": CHECKPOINT_FORMAT,
+            "settings": settings,
+            "epoch": batch.epoch,
+            "theta": {key: part(p, run) for key, p in batch.theta.items()},
+            "alpha": {key: part(p, run) for key, p in batch.alpha.items()} if learned_alpha else batch.alpha,
+            "optimizer": {
+                i: {key: part(x, run) for key, x in batch.optimizer.state[p].items() if torch.is_tensor(x)}
+                for i, p in enumerate(batch.optimizer.param_groups[0]["params"])
+            },
+            "totals": batch.totals[run],
+        })  # fmt: skip
+    return states
+
+
+# --- training ---
+
+
+class TaskLoss:
+    """task_loss(params) -> (S, M): K fresh trajectories of each task φ (S, M, P) under params, and the loss on them.
+
+    Keeps every call's mean undiscounted returns (S, M), and sums up env steps (S,) and the seconds of sampling.
+    """
+
+    def __init__(self, env, head, settings, phi, generators):
+        self.env, self.head, self.phi, self.generators = env, head, phi, generators
+        self.num_trajectories = settings["trajectories"]
+        options = {key: settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
+        self.loss = partial(policies.LOSSES[settings["rl"]], head=head, **options)
+        self.returns, self.env_steps, self.seconds = [], 0, 0.0
+
+    def __call__(self, params):
+        start = time.perf_counter()
+        device = next(iter(params.values())).device
+        noise = envs.draw_noise(self.env, self.generators, self.phi.shape[1], self.num_trajectories)
+        noise = {key: x.to(device) for key, x in noise.items()}
+        batch = envs.rollout(self.env, policies.actor(params, self.head), self.phi.to(device), noise)
+        self.returns.append(batch["rewards"].sum(3).mean(2))
+        self.env_steps = self.env_steps + batch["mask"].sum((1, 2, 3)).cpu()
+        self.seconds += time.perf_counter() - start
+        return self.loss(params, batch)
+
+
+def train_epoch(batch, env, head):
+    """One epoch of Algorithm 1 for all runs of the batch; returns their rows for log.csv."""
+    start = time.perf_counter()
+    settings = batch.settings[0]
+    tasks_rng, medium_rng = (envs.generators(batch.seeds, stream, batch.epoch) for stream in (TASKS, MEDIUM))
+    phi = envs.sample_tasks(env, tasks_rng, settings["tasks"])  # (S, M, P)
+    task_loss = TaskLoss(env, head, settings, phi, tasks_rng)
+    samplers = [task_loss]
+    base = settings["algo"].removeprefix("directed-")
+    meta_learner = partial(maml.META_LEARNERS[base], inner_steps=settings["inner_steps"])
+    if base != settings["algo"]:
+        phi_med = envs.medium_task(env, settings["medium"], phi, medium_rng)  # (S, 1, P)
+        medium_loss = TaskLoss(env, head, settings, phi_med, medium_rng)
+        samplers.append(medium_loss)
+        deltas = torch.tensor([s["delta"] for s in batch.settings], dtype=torch.float64)
+        directed.directed(meta_learner, deltas)(batch.theta, medium_loss, task_loss, batch.alpha, settings["tasks"])
+    else:
+        meta_learner(batch.theta, task_loss, batch.alpha, settings["tasks"])
+    batch.optimizer.step()
+
+    batch.epoch += 1
+    pre, post = (task_loss.returns[i].mean(1).tolist() for i in (0, -1))  # (S,) each
+    med = medium_loss.returns[0].mean(1).tolist() if len(samplers) == 2 else [None] * len(batch.seeds)
+    seconds = time.perf_counter() - start
+    rows = []
+    for run, totals in enumerate(batch.totals):
+        totals["env_steps"] += sum(int(sampler.env_steps[run]) for sampler in samplers)
+        totals["seconds"] += seconds / len(batch.totals)  # a run's share of the batch's time
+        totals["sample_seconds"] += sum(sampler.seconds for sampler in samplers) / len(batch.totals)
+        times = [f"{totals[key]:.4f}" for key in ("seconds", "sample_seconds")]
+        returns = ["" if x is None else f"{x:.7g}" for x in (pre[run], post[run], med[run])]
+        rows.append([batch.epoch, totals["env_steps"], *times, *returns])
+    return rows
+
+
+def evaluate(batch, env, head):
+    """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps; each run's rows for eval.csv."""
+    settings = batch.settings[0]
+    grid = envs.held_out_tasks(env)
+    rng = envs.generators(batch.seeds, EVALUATION, batch.epoch)
+    task_loss = TaskLoss(env, head, settings, grid.expand(len(batch.seeds), *grid.shape), rng)
+    theta = maml.expand(batch.theta, len(grid))
+    adapted = maml.adapt(theta, task_loss, batch.alpha, settings["eval_steps"], second_order=False)
+    task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
+    returns = torch.stack(task_loss.returns, 2).tolist()  # (S, G, steps + 1)
+    names = [" ".join(f"{x:g}" for x in phi) for phi in grid.tolist()]
+    return [
+        [
+            (batch.epoch, name, step, f"{x:.7g}")
+            for name, xs in zip(names, run, strict=True)
+            for step, x in enumerate(xs)
+        ]
+        for run in returns
+    ]
+
+
+def finite_runs(batch):
+    """Which runs' parameters are all finite: list of S bools."""
+    learned = batch.optimizer.param_groups[0]["params"]
+    return torch.stack([p.detach().isfinite().flatten(1).all(1) for p in learned]).all(0).tolist()
+
+
+def fail_run(batch, run):
+    """Mark a run of the batch as failed; returns the line to say."""
+    settings = batch.settings[run]
+    delta = "" if settings["delta"] is None else f", delta {settings['delta']:g}"
+    line = (
+        f"{settings['algo']}, seed {settings['seed']}{delta}: a parameter is not finite after epoch {batch.epoch}; "
+        "try a smaller --beta, --alpha or --delta"
+    )
+    write_atomically(batch.folders[run] / "failed.txt", line + "\n")
+    return line
+
+
+def train(batch, env, head, epochs, eval_every, quiet, stop):
+    """Train a batch to `epochs`; returns a line for each run that failed. Stops early where `stop()` says so."""
+    failures = []
+    saved = time.perf_counter()
+    settings = batch.settings[0]
+    name = f"{settings['algo']} x{len(batch.seeds)}" if len(batch.seeds) > 1 else settings["algo"]
+    bar = tqdm(total=epochs, initial=batch.epoch, desc=name, unit="epoch", disable=True if quiet else None)
+    with bar:
+        while batch.epoch < epochs:
+            rows = train_epoch(batch, env, head)
+            for folder, row in zip(batch.folders, rows, strict=True):
+                append_rows(folder / "log.csv", [row])
+            finite = finite_runs(batch)
+            if not all(finite):
+                failures += [fail_run(batch, run) for run, good in enumerate(finite) if not good]
+                kept = [run for run, good in enumerate(finite) if good]
+                if not kept:
+                    break
+                states = split(batch)
+                batch = stack([states[run] for run in kept], [batch.folders[run] for run in kept], batch.device)
+            bar.set_postfix(return_post=f"{sum(float(row[5]) for row in rows) / len(rows):.4g}", refresh=False)
+            bar.update()
+            stopping = stop()
+            if batch.epoch % eval_every == 0 or batch.epoch == epochs:
+                for folder, rows in zip(batch.folders, evaluate(batch, env, head), strict=True):
+                    append_rows(folder / "eval.csv", rows)
+            if stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                for folder, state in zip(batch.folders, split(batch), strict=True):
+                    save(folder, state)
+                saved = time.perf_counter()
+            if stopping:
+                break
+    return failures
+
+
+# --- the command ---
+
+
+RUN_FILES = ["config.json", "log.csv", "eval.csv", "checkpoint.pt", "failed.txt"]
+
+
+def open_run(folder, settings, args):
+    """The run's state, or None. Refuses a run that exists without --resume or --overwrite; writes nothing."""
+    exists = any((folder / name).exists() for name in RUN_FILES)
+    if exists and not (args.resume or args.overwrite):
+        fail(f"{folder}: this run exists; give --resume to go on, --overwrite to start anew, or another --out", 2)
+    state = load(folder, settings) if args.resume else None
+    if state is not None:
+        log = folder / "log.csv"
+        epochs = max(log.read_text().count("\n") - 1, 0) if log.exists() else 0
+        if epochs < state["epoch"]:
+            fail(
+                f"{log}: has {epochs} epochs and checkpoint.pt {state['epoch']}; "
+                "restore it, or start anew with --overwrite"
+            )
+    return state
+
+
+def begin(folder, settings, state, args, env, extra):
+    """Make the run's folder ready: a new one, or one whose rows behind the checkpoint are cut off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    epoch = state["epoch"] if state else 0
+    if epoch == 0:
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    config = settings | {
+        "epochs": args.epochs or env.epochs,
+        "eval_every": args.eval_every,
+        "threshold": env.threshold,
+        "phi": list(env.phi),
+        **extra,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "gymnasium": gymnasium.__version__,
+            "numpy": numpy.__version__,
+        },
+    }
+    write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    trim_rows(folder / "log.csv", LOG_FIELDS, lambda row: row <= epoch)
+    # An evaluation at the last epoch alone, off the schedule, is not one that a longer run would have made.
+    trim_rows(folder / "eval.csv", EVAL_FIELDS, lambda row: row <= epoch and row % args.eval_every == 0)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if len(set(args.algo)) < len(args.algo):
+        fail(f"--algo {' '.join(args.algo)}: an algorithm stands twice; name each once", 2)
+    env, device = resolve_env(args), resolve_device(args)
+    epochs = args.epochs or env.epochs
+    head = policies.Categorical(env.actions) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
+    plans = [resolve_runs(args, algo, env) for algo in args.algo]
+    states = {folder: open_run(folder, s, args) for runs in plans for folder, s in runs.items()}  # before any writing
+
+    signals = []
+
+    def on_signal(signum, frame):  # the first ends training after this epoch, the second at once
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    keep_memory()
+    torch.set_num_threads(args.threads)
+    failures = []
+    try:
+        for runs in plans:
+            by_epoch = {}  # runs at the same epoch share a batch
+            for folder, settings in runs.items():
+                state = states[folder]
+                by_epoch.setdefault(state["epoch"] if state else 0, []).append((folder, settings, state))
+            for group in by_epoch.values():
+                if signals:
+                    break
+                extra = {"device": device, "runs_in_batch": len(group)}
+                for folder, settings, state in group:
+                    begin(folder, settings, state, args, env, extra)
+                group_states = [state or new_state(settings, env, head) for _, settings, state in group]
+                batch = stack(group_states, [folder for folder, _, _ in group], device)
+                failures += train(batch, env, head, epochs, args.eval_every, args.quiet, lambda: bool(signals))
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    say = (lambda line: None) if args.quiet else print
+    for line in report.write(args.out / f"{args.env}-{args.rl}"):
+        say(line)
+    if signals:
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
+        fail(f"stopped; go on with: python run.py {shlex.join(words)} --resume", 128 + signals[0])
+    for line in failures[:-1]:
+        print(f"run.py: {line}", file=sys.stderr)
+    if failures:
+        fail(failures[-1])
+
+
+def keep_memory():
+    """Have glibc reuse freed memory. By default it returns every large tensor to the system, and a sweep of 16 runs
+    then spends a third of its time on page faults."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+if __name__ == "__main__":
+    main()

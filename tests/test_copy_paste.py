@@ -1,0 +1,46 @@
+"""maml.py and directed.py work when copied alone into another project, with torch as their only import."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+# Whatever is not torch's own need is made to fail on import, siblings and the project's other packages first of all.
+PRELUDE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"numpy", "gymnasium", "tqdm", "matplotlib", "envs", "policies", "run", "report"}:
+            raise ModuleNotFoundError(f"{name} is not to be imported")
+sys.meta_path.insert(0, Refuse())
+import torch
+"""
+USES = {
+    "maml.py": """
+        from maml import maml, adapt, expand
+        theta = {"x": torch.ones(1, 1, requires_grad=True)}
+        goals = torch.tensor([[1.0, 2.0, 3.0]])
+        loss = lambda params: (params["x"] - goals).square()
+        maml(theta, loss, 0.1, 3)
+        torch.testing.assert_close(theta["x"].grad, torch.tensor([[-2 * 0.8**2 * (1 + 2.0)]]))  # 2(1−2α)²(x−goal)
+    """,
+    "directed.py": """
+        from directed import directed
+        theta = {"x": torch.ones(1, 1, requires_grad=True)}
+        directed(lambda theta: None, 0.25)(theta, lambda params: params["x"].square())
+        torch.testing.assert_close(theta["x"].detach(), torch.tensor([[0.5]]))  # 1 − 0.25·2
+    """,
+}
+
+
+@pytest.mark.parametrize("module", USES)
+def test_a_module_copied_alone_into_an_empty_folder_works(module, tmp_path):
+    shutil.copy(REPOSITORY / module, tmp_path)
+    program = tmp_path / "use.py"
+    program.write_text(PRELUDE + textwrap.dedent(USES[module]) + "\nprint('ok')\n")
+    result = subprocess.run([sys.executable, "-W", "ignore", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr

@@ -1,0 +1,96 @@
+"""The δ-step, written out by hand, against `directed()` around every meta-learner."""
+
+import math
+
+import pytest
+import torch
+
+from directed import directed
+from maml import META_LEARNERS, adapt, expand, learned_alpha, maml
+from tests.test_maml import ALPHA, M, S, quadratics, regression, sample_sinusoids, sinusoid_problem
+
+
+def medium_of(seed=1):
+    """A loss (S, 1) on other data than the tasks'."""
+    _, loss = regression(seed)
+    return lambda params: loss(expand(params, M))[:, :1]
+
+
+@pytest.mark.parametrize("name", META_LEARNERS)
+def test_delta_zero_changes_nothing(name):
+    results = []
+    for wrap in (lambda learner: learner, lambda learner: directed(learner, 0.0)):
+        theta, task_loss = regression()
+        alpha = learned_alpha(theta, ALPHA) if name == "meta-sgd" else ALPHA
+        learner = wrap(META_LEARNERS[name])
+        medium = (medium_of(),) if learner is not META_LEARNERS[name] else ()
+        learner(theta, *medium, task_loss, alpha, M)
+        results.append([p.detach() for p in theta.values()] + [p.grad for p in theta.values()])
+    for plain, with_delta in zip(*results, strict=True):
+        assert torch.equal(plain, with_delta)
+
+
+@pytest.mark.parametrize("name", META_LEARNERS)
+def test_directed_is_the_hand_written_delta_step_and_then_the_learner(name):
+    delta = 0.03
+    theta, task_loss = regression()
+    expected, _ = regression()
+    alpha, expected_alpha = (
+        learned_alpha(t, ALPHA) if name == "meta-sgd" else ALPHA for t in (theta, expected)
+    )  # fmt: skip
+    directed(META_LEARNERS[name], delta)(theta, medium_of(), task_loss, alpha, M)
+
+    loss = medium_of()(expected).sum()
+    gradients = torch.autograd.grad(loss, list(expected.values()))
+    expected = {
+        key: (p - delta * g).detach().requires_grad_()
+        for (key, p), g in zip(expected.items(), gradients, strict=True)
+    }  # fmt: skip
+    META_LEARNERS[name](expected, task_loss, expected_alpha, M)
+    for key in theta:
+        torch.testing.assert_close(theta[key], expected[key], rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(theta[key].grad, expected[key].grad, rtol=1e-12, atol=1e-12)
+    if name == "meta-sgd":
+        for key in theta:
+            assert torch.equal(alpha[key], torch.full_like(alpha[key], ALPHA))  # the δ-step never touches α
+            torch.testing.assert_close(alpha[key].grad, expected_alpha[key].grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_step_is_in_place_so_that_optimisers_keep_leaves_and_state():
+    theta, task_loss = regression()
+    leaves = list(theta.values())
+    optimizer = torch.optim.Adam(theta.values(), lr=0.01)
+    for _ in range(2):
+        directed(maml, 0.03)(theta, medium_of(), task_loss, ALPHA, M)
+        optimizer.step()
+    assert all(p is leaf and p.is_leaf for p, leaf in zip(theta.values(), leaves, strict=True))
+    assert all(optimizer.state[p]["step"] == 2 for p in theta.values())
+
+
+def test_every_run_takes_a_delta_of_its_own():
+    a, c, x, task_loss = quadratics()
+    deltas = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    theta = {"x": x.clone().requires_grad_()}
+    directed(maml, deltas)(theta, lambda params: 0.5 * params["x"] ** 2, task_loss, ALPHA, M)
+    torch.testing.assert_close(theta["x"].detach(), x * (1 - deltas[:, None]))  # θ − δθ
+
+
+@pytest.mark.parametrize("delta", [-0.001, math.nan, math.inf, [0.1, -0.1], [[0.1] * S]])
+def test_a_delta_that_makes_no_sense_is_refused(delta):
+    with pytest.raises(ValueError, match="directed: delta is .*expected a finite number >= 0"):
+        directed(maml, delta)
+
+
+def test_sinusoid_regression_with_the_mean_amplitude_and_phase_as_medium_task():
+    torch.manual_seed(0)
+    theta, sinusoids = sinusoid_problem()
+    medium_loss = sinusoids(torch.full((1, 1, 1, 1), 2.55), torch.full((1, 1, 1, 1), math.pi / 2))
+    optimizer = torch.optim.Adam(theta.values(), lr=0.003)
+    learner = directed(maml, 0.001)
+    for _ in range(300):
+        learner(theta, medium_loss, sinusoids(*sample_sinusoids(25)), alpha=0.01, num_tasks=25)
+        optimizer.step()
+    held_out = sinusoids(*sample_sinusoids(200))
+    before = held_out(expand(theta, 200)).mean().item()
+    after = held_out(adapt(expand(theta, 200), held_out, 0.01)).mean().item()
+    assert after < 0.8 * before

@@ -1,0 +1,223 @@
+"""Dynamics against gymnasium and by hand; rollouts as pure functions; tasks, streams and bounds."""
+
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import envs
+from envs import ENVS, configure, draw_noise, generators, held_out_tasks, medium_task, rollout, sample_tasks
+
+CARTPOLE = ENVS["cartpole"]
+
+
+# --- cartpole is gymnasium's ---
+
+
+def gymnasium_transitions(gravity, count=1000):
+    """`count` random steps of gymnasium's own CartPole at this gravity: states, actions, next states, terminated."""
+    env = gymnasium.make("CartPole-v1").unwrapped
+    env.gravity = gravity
+    rng = np.random.default_rng(int(gravity * 100))
+    env.reset(seed=0)
+    rows = []
+    for _ in range(count):
+        env.state = rng.uniform(-1, 1, 4) * [2.5, 3.0, 0.25, 3.5]  # reaches past both limits
+        state, action = env.state.copy(), int(rng.integers(2))
+        env.steps_beyond_terminated = None
+        _, reward, terminated, _, _ = env.step(action)
+        assert reward == 1.0  # at the step that ends the episode too
+        rows.append((state, action, env.state.copy(), terminated))
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("gravity", np.linspace(5, 15, 21))
+def test_cartpole_steps_to_gymnasiums_next_state_and_termination(gravity):
+    state, action, next_state, terminated = gymnasium_transitions(gravity)
+    assert 0 < terminated.mean() < 1
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        step = envs.cartpole(torch.full((1, 1, 1), gravity, dtype=dtype))
+        got, reward, ended = step(torch.tensor(state, dtype=dtype)[None], torch.tensor(action)[None])
+        np.testing.assert_allclose(got[0].double().numpy(), next_state, rtol=tolerance, atol=tolerance)
+        assert (reward == 1).all()
+        clear = (np.abs(np.abs(next_state[:, [0, 2]]) - [2.4, 12 * 2 * math.pi / 360]) > tolerance).all(1)
+        assert clear.mean() > 0.99 and (ended[0].numpy() == terminated)[clear].all()
+
+
+def test_a_cartpole_rollout_is_gymnasiums_episode_reward_for_reward():
+    """The same initial state and actions through gymnasium's step, over whole episodes, 200-step cap included."""
+    noise = draw_noise(CARTPOLE, generators([1], 0), 2, 8)
+    noise = {key: x.double() for key, x in noise.items()}
+    phi = torch.tensor([[[5.0], [15.0]]], dtype=torch.float64)
+
+    def act(obs, noise):  # a controller that holds the pole up, but for the trajectories with noise
+        steady = (obs[..., 2] + 0.3 * obs[..., 3] + 0.03 * obs[..., 0] + 0.1 * obs[..., 1] > 0).long()
+        return torch.where(torch.arange(8) % 2 == 0, steady, noise.argmax(-1))
+
+    batch = rollout(CARTPOLE, act, phi, noise)
+    lengths = batch["mask"].sum(-1)
+    assert lengths.max() == 200 and lengths.min() < 100
+    env = gymnasium.make("CartPole-v1").unwrapped
+    for i in range(2):
+        env.gravity = phi[0, i, 0].item()
+        for k in range(8):
+            env.reset(seed=0)
+            env.state = (noise["reset"][0, i, k] * 0.1 - 0.05).numpy()
+            for t in range(200):
+                np.testing.assert_allclose(batch["obs"][0, i, k, t].numpy(), env.state, rtol=0, atol=1e-6)
+                _, reward, terminated, _, _ = env.step(int(batch["actions"][0, i, k, t]))
+                assert reward == batch["rewards"][0, i, k, t]
+                if terminated:
+                    break
+            assert t + 1 == lengths[0, i, k] and terminated == batch["terminated"][0, i, k]
+
+
+def test_initial_states_are_distributed_as_gymnasiums():
+    env = gymnasium.make("CartPole-v1").unwrapped
+    theirs = np.stack([env.reset(seed=seed)[0] for seed in range(2000)])
+    ours = CARTPOLE.reset(draw_noise(CARTPOLE, generators([0], 0), 1, 2000)["reset"])[0, 0].numpy()
+    assert ours.min() >= -0.05 and ours.max() <= 0.05
+    grid = np.linspace(-0.05, 0.05, 21)
+    for d in range(4):  # Kolmogorov and Smirnov's distance, at 0.1% significance
+        cdfs = [(x[:, d, None] <= grid).mean(0) for x in (ours, theirs)]
+        assert np.abs(cdfs[0] - cdfs[1]).max() < 1.95 * math.sqrt(2 / 2000)
+
+
+def test_horizon_is_capped_at_200():
+    assert CARTPOLE.horizon == 200
+
+
+# --- point and velocity by hand ---
+
+
+def test_point_moves_by_the_clipped_action_and_pays_the_squared_distance():
+    env = configure(ENVS["point"], horizon=3)
+    noise = draw_noise(env, generators([0], 0), 1, 1)
+    goal = torch.tensor([[[0.3, -0.2]]])
+    batch = rollout(env, lambda obs, noise: torch.tensor([[[0.5, -7.0]]]), goal, noise)  # (0.05, −0.1) after clipping
+    expected = torch.tensor([[0.0, 0.0], [0.05, -0.1], [0.1, -0.2]])
+    torch.testing.assert_close(batch["obs"][0, 0, 0], expected)
+    distances = ((expected + torch.tensor([0.05, -0.1]) - goal[0]) ** 2).sum(-1)
+    torch.testing.assert_close(batch["rewards"][0, 0, 0], -distances)
+    torch.testing.assert_close(batch["last_obs"][0, 0, 0], torch.tensor([0.15, -0.3]))
+    assert not batch["terminated"].any() and batch["mask"].all()
+
+
+def test_velocity_changes_by_the_action_and_pays_the_squared_error():
+    env = configure(ENVS["velocity"], horizon=2)
+    noise = draw_noise(env, generators([0], 0), 1, 1)
+    batch = rollout(env, lambda obs, noise: torch.ones(1, 1, 1), torch.tensor([[[2.0]]]), noise)
+    torch.testing.assert_close(batch["obs"][0, 0, 0, :, 0], torch.tensor([0.0, 0.2]))
+    torch.testing.assert_close(batch["rewards"][0, 0, 0], torch.tensor([-(1.8**2), -(1.6**2)]))
+
+
+# --- rollouts ---
+
+
+def tilted(direction):
+    """A policy that pushes one way: episodes are short, and of different lengths at different gravities."""
+    return lambda obs, noise: torch.full(obs.shape[:2], direction, dtype=torch.long)
+
+
+def test_after_the_end_observations_rewards_and_mask_are_zero_and_common_padding_is_cut():
+    noise = draw_noise(CARTPOLE, generators([0, 1], 0), 3, 4)
+    batch = rollout(CARTPOLE, tilted(1), sample_tasks(CARTPOLE, generators([0, 1], 1), 3), noise)
+    mask = batch["mask"]
+    assert mask.shape[-1] == mask.sum(-1).max() < 20  # no longer than the longest episode
+    assert mask.sum(-1).min() < mask.sum(-1).max()
+    assert (mask.int().diff(dim=-1) <= 0).all()  # an episode that has ended stays so
+    assert batch["rewards"][~mask].abs().max() == 0 and batch["obs"][~mask].abs().max() == 0
+    assert batch["terminated"].all()
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_a_rollout_is_a_pure_function_of_policy_phi_and_noise(name):
+    env = ENVS[name]
+    noise = draw_noise(env, generators([0, 1], 0), 3, 4)
+    phi = sample_tasks(env, generators([0, 1], 1), 3)
+
+    def act(obs, noise):
+        return noise.argmax(-1) if isinstance(env.actions, int) else 0.3 * noise
+
+    torch.manual_seed(0)
+    first = rollout(env, act, phi, noise)
+    torch.manual_seed(1)
+    second = rollout(env, act, phi, noise)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    one = {key: x[1:, 2:] for key, x in noise.items()}  # the last task of the second run, alone
+    alone = rollout(env, act, phi[1:, 2:], one)
+    length = alone["mask"].shape[-1]
+    for key, x in alone.items():
+        together = first[key][1:, 2:]
+        assert torch.equal(x, together[:, :, :, :length] if key in ("obs", "actions", "rewards", "mask") else together)
+
+
+def test_permuting_tasks_permutes_results():
+    noise = draw_noise(CARTPOLE, generators([0], 0), 4, 3)
+    phi = sample_tasks(CARTPOLE, generators([0], 1), 4)
+    order = torch.tensor([2, 0, 3, 1])
+
+    def act(obs, noise):
+        return noise.argmax(-1)
+
+    straight = rollout(CARTPOLE, act, phi, noise)
+    permuted = rollout(CARTPOLE, act, phi[:, order], {key: x[:, order] for key, x in noise.items()})
+    assert all(torch.equal(straight[key][:, order], permuted[key]) for key in straight)
+
+
+# --- randomness ---
+
+
+def test_a_runs_numbers_depend_on_its_seed_and_stream_alone():
+    together = draw_noise(CARTPOLE, generators([1, 2, 3], 1, 7), 2, 2)
+    alone = draw_noise(CARTPOLE, generators([2], 1, 7), 2, 2)
+    assert all(torch.equal(together[key][1:2], alone[key]) for key in alone)
+    for other in (generators([2], 1, 8), generators([2], 2, 7), generators([3], 1, 7)):
+        assert not torch.equal(draw_noise(CARTPOLE, other, 2, 2)["action"], alone["action"])
+
+
+def test_action_noise_is_gumbel_for_discrete_and_normal_for_box_actions():
+    gumbel = draw_noise(CARTPOLE, generators([0], 0), 20, 20)["action"]
+    assert gumbel.mean().item() == pytest.approx(0.5772, abs=0.02) and gumbel.var().item() == pytest.approx(
+        math.pi**2 / 6, abs=0.05
+    )
+    normal = draw_noise(ENVS["point"], generators([0], 0), 50, 50)["action"]
+    assert normal.mean().item() == pytest.approx(0, abs=0.02) and normal.std().item() == pytest.approx(1, abs=0.02)
+
+
+# --- tasks ---
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_tasks_are_uniform_over_phi(name):
+    env = ENVS[name]
+    phi = sample_tasks(env, generators([0], 0), 20_000)[0]
+    low, high = torch.tensor(env.low), torch.tensor(env.high)
+    assert (phi >= low).all() and (phi <= high).all()
+    torch.testing.assert_close(phi.mean(0), (low + high) / 2, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(phi.std(0), (high - low) / math.sqrt(12), rtol=0.02, atol=0)
+
+
+def test_medium_tasks():
+    rng = generators([0, 1], 0)
+    phi = sample_tasks(CARTPOLE, rng, 5)
+    assert torch.equal(medium_task(CARTPOLE, "mean", phi, rng), torch.full((2, 1, 1), 10.0))  # Eq. 3
+    torch.testing.assert_close(medium_task(CARTPOLE, "sampled", phi, rng), phi.sum(1, keepdim=True) / 5)  # Eq. 4
+    drawn = [medium_task(CARTPOLE, "random", phi, rng) for _ in range(2)]
+    assert drawn[0].shape == (2, 1, 1) and not torch.equal(*drawn)
+    assert torch.equal(medium_task(ENVS["point"], [0.1, 0.2], phi, rng), torch.tensor([[[0.1, 0.2]]] * 2))
+
+
+def test_held_out_grids_cover_phi():
+    torch.testing.assert_close(held_out_tasks(CARTPOLE)[:, 0], torch.arange(5.0, 16))
+    grid = held_out_tasks(ENVS["point"])
+    assert grid.shape == (25, 2) and grid.unique(dim=0).shape == (25, 2)
+    assert grid.amin().item() == -0.5 and grid.amax().item() == 0.5
+
+
+@pytest.mark.parametrize("bounds", [[15, 5], [5], [5, 15, 1, 2], [math.nan, 5], [5, math.inf]])
+def test_bounds_that_make_no_sense_are_refused(bounds):
+    with pytest.raises(ValueError, match="LOW HIGH|LOW first"):
+        configure(CARTPOLE, bounds=bounds)

@@ -1,0 +1,184 @@
+"""Meta-gradients against closed forms on quadratics, finite differences, and plain loops; all in float64."""
+
+import math
+
+import pytest
+import torch
+
+from maml import META_LEARNERS, adapt, expand, learned_alpha, maml, reptile
+
+S, M, ALPHA = 2, 3, 0.1
+
+
+def quadratics():
+    """L_si(θ) = ½ a (θ − c)² for S runs and M tasks: curvatures a, centres c (S, M), and θ (S, 1)."""
+    g = torch.Generator().manual_seed(0)
+    a, c, theta = (torch.rand(*shape, generator=g, dtype=torch.float64) + 0.5 for shape in ((S, M), (S, M), (S, 1)))
+    return a, c, theta, lambda params: 0.5 * a * (params["x"] - c) ** 2
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "meta-sgd", "reptile"])
+def test_updates_are_those_derived_by_hand_on_quadratics(name, inner_steps):
+    a, c, x, task_loss = quadratics()
+    shrink = (1 - ALPHA * a) ** inner_steps  # θ' − c = (1 − αa)ⁿ (θ − c)
+    expected = {
+        "maml": (a * shrink**2 * (x - c)).sum(1, keepdim=True),  # d/dθ ½a(θ' − c)²
+        "fomaml": (a * shrink * (x - c)).sum(1, keepdim=True),  # d/dθ' of the same
+        "reptile": x - (c + shrink * (x - c)).mean(1, keepdim=True),
+    }
+    theta = {"x": x.clone().requires_grad_()}
+    alpha = learned_alpha(theta, ALPHA) if name == "meta-sgd" else ALPHA
+    META_LEARNERS[name](theta, task_loss, alpha, M, inner_steps=inner_steps)
+    torch.testing.assert_close(theta["x"].grad, expected["maml" if name == "meta-sgd" else name])
+    if name == "meta-sgd":  # d/dα ½a(1 − αa)²ⁿ(θ − c)²
+        by_alpha = -inner_steps * a**2 * (1 - ALPHA * a) ** (2 * inner_steps - 1) * (x - c) ** 2
+        torch.testing.assert_close(alpha["x"].grad, by_alpha.sum(1, keepdim=True))
+
+
+def test_sgd_with_beta_is_equation_2b_and_reptile_interpolates():
+    a, c, x, task_loss = quadratics()
+    for learner, beta in ((maml, 0.01), (reptile, 0.5)):
+        theta = {"x": x.clone().requires_grad_()}
+        optimizer = torch.optim.SGD(theta.values(), lr=beta)
+        learner(theta, task_loss, ALPHA, M, inner_steps=1)
+        optimizer.step()
+        moved = c + (1 - ALPHA * a) * (x - c)
+        if learner is maml:
+            expected = x - beta * (a * (1 - ALPHA * a) ** 2 * (x - c)).sum(1, keepdim=True)
+        else:
+            expected = x + beta * (moved - x).mean(1, keepdim=True)
+        torch.testing.assert_close(theta["x"].detach(), expected)
+
+
+def regression(seed=0):
+    """A smooth non-quadratic loss: a small tanh network per run on M tasks of fixed data; two parameters."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(S, M, 5, 2, generator=g, dtype=torch.float64) for _ in range(2))
+    theta = {
+        "w": torch.randn(S, 1, 2, 3, generator=g, dtype=torch.float64).requires_grad_(),
+        "v": torch.randn(S, 1, 3, 2, generator=g, dtype=torch.float64).requires_grad_(),
+    }
+    return theta, lambda params: (((x @ params["w"]).tanh() @ params["v"] - y) ** 2).mean((2, 3))
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_second_order_meta_gradient_equals_central_differences(inner_steps):
+    theta, task_loss = regression()
+
+    def meta_loss():
+        return task_loss(adapt(expand(theta, M), task_loss, ALPHA, inner_steps)).sum().item()
+
+    maml(theta, task_loss, ALPHA, M, inner_steps)
+    step = 1e-5
+    for p in theta.values():
+        numeric = torch.zeros_like(p)
+        for i in range(p.numel()):
+            with torch.no_grad():
+                entry = p.view(-1)
+                entry[i] += step
+                up = meta_loss_at(meta_loss)
+                entry[i] -= 2 * step
+                down = meta_loss_at(meta_loss)
+                entry[i] += step
+            numeric.view(-1)[i] = (up - down) / (2 * step)
+        torch.testing.assert_close(p.grad, numeric, rtol=1e-7, atol=1e-8)
+
+
+def meta_loss_at(meta_loss):
+    with torch.enable_grad():
+        return meta_loss()
+
+
+def test_first_order_differs_from_second_order_on_a_curved_loss():
+    theta, task_loss = regression()
+    grads = {}
+    for name in ("maml", "fomaml"):
+        META_LEARNERS[name](theta, task_loss, ALPHA, M)
+        grads[name] = theta["w"].grad
+    assert (grads["maml"] - grads["fomaml"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", META_LEARNERS)
+def test_batched_runs_and_tasks_equal_a_plain_loop_over_them(name):
+    theta, task_loss = regression()
+    alpha = learned_alpha(theta, ALPHA) if name == "meta-sgd" else ALPHA
+    META_LEARNERS[name](theta, task_loss, alpha, M, inner_steps=2)
+    for s in range(S):
+        run = {key: p[s : s + 1].detach().requires_grad_() for key, p in theta.items()}
+        step_sizes = learned_alpha(run, ALPHA) if name == "meta-sgd" else ALPHA
+        total = dict.fromkeys(run, 0.0)
+        for i in range(M):  # one task of one run at a time
+
+            def one_task(params, s=s, i=i):
+                padded = {key: p.expand(S, M, *p.shape[2:]) for key, p in params.items()}
+                return task_loss(padded)[s : s + 1, i : i + 1]
+
+            META_LEARNERS[name](run, one_task, step_sizes, 1, inner_steps=2)
+            total = {key: total[key] + p.grad for key, p in run.items()}
+        for key, p in theta.items():
+            expected = total[key] / (M if name == "reptile" else 1)
+            torch.testing.assert_close(p.grad[s : s + 1], expected)
+
+
+def test_task_loss_is_asked_anew_before_every_step_and_once_for_the_query():
+    a, c, x, task_loss = quadratics()
+    calls = []
+
+    def counting(params):
+        calls.append(params["x"].detach().clone())
+        return task_loss(params)
+
+    theta = {"x": x.clone().requires_grad_()}
+    maml(theta, counting, ALPHA, M, inner_steps=2)
+    assert len(calls) == 3 and not torch.equal(calls[0], calls[1]) and not torch.equal(calls[1], calls[2])
+    calls.clear()
+    reptile(theta, counting, ALPHA, M, inner_steps=2)  # no query batch
+    assert len(calls) == 2
+
+
+def test_adapt_refuses_parameters_that_would_mix_tasks():
+    theta, task_loss = regression()
+    with pytest.raises(ValueError, match=r"'w' has shape \(2, 1, 2, 3\) and the loss \(2, 3\)"):
+        adapt(theta, task_loss, ALPHA)
+    with pytest.raises(ValueError, match="expected a loss"):
+        adapt(expand(theta, M), lambda params: task_loss(params).sum(1), ALPHA)
+
+
+def test_sinusoid_regression_adapts_in_one_step():
+    """The supervised experiment of Finn et al. 2017 with maml.py alone: amplitudes [0.1, 5], phases [0, π]."""
+    torch.manual_seed(0)
+    theta, sinusoids = sinusoid_problem()
+    optimizer = torch.optim.Adam(theta.values(), lr=0.003)
+    for _ in range(300):
+        maml(theta, sinusoids(*sample_sinusoids(25)), alpha=0.01, num_tasks=25)
+        optimizer.step()
+    held_out = sinusoids(*sample_sinusoids(200))
+    before = held_out(expand(theta, 200)).mean().item()
+    after = held_out(adapt(expand(theta, 200), held_out, 0.01)).mean().item()
+    assert after < 0.8 * before
+
+
+def sample_sinusoids(num_tasks):
+    """Amplitude and phase, (1, M, 1, 1) each."""
+    return 0.1 + 4.9 * torch.rand(1, num_tasks, 1, 1), math.pi * torch.rand(1, num_tasks, 1, 1)
+
+
+def sinusoid_problem():
+    """θ of a 1-40-40-1 network for one run, and sinusoids(amplitude, phase) -> task_loss on 10 fresh points a task."""
+    sizes = [1, 40, 40, 1]
+    theta = {}
+    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        theta[f"w{i}"] = (torch.randn(1, 1, n, m) / math.sqrt(n)).requires_grad_()
+        theta[f"b{i}"] = torch.zeros(1, 1, 1, m, requires_grad=True)
+
+    def sinusoids(amplitude, phase):
+        def task_loss(params):
+            x = 10 * torch.rand(1, amplitude.shape[1], 10, 1) - 5
+            h = (x @ params["w0"] + params["b0"]).relu()
+            h = (h @ params["w1"] + params["b1"]).relu()
+            return (h @ params["w2"] + params["b2"] - amplitude * (x - phase).sin()).square().mean((2, 3))
+
+        return task_loss
+
+    return theta, sinusoids

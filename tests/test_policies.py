@@ -1,0 +1,344 @@
+"""Networks, distributions, losses and estimators against torch.nn, torch.distributions, loops and exact enumeration."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import policies
+from policies import ESTIMATORS, LOSSES, Categorical, Gaussian, discounted_sums, surrogate, whiten
+
+S, M, K, H, D = 2, 3, 4, 6, 5
+
+
+def seeded(count=S):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def in_double(params):
+    return {name: p.detach().double().requires_grad_() for name, p in params.items()}
+
+
+def example(head, critic=True):
+    """Parameters (S, M, ...) and a batch of ragged episodes; float64."""
+    theta = in_double(policies.init(D, head, seeded(), hidden=(7, 6), critic=critic))
+    params = {name: p.expand(-1, M, *p.shape[2:]) for name, p in theta.items()}
+    g = torch.Generator().manual_seed(9)
+    lengths = torch.randint(1, H + 1, (S, M, K), generator=g)
+    mask = torch.arange(H) < lengths.unsqueeze(-1)
+    if isinstance(head, Categorical):
+        actions = torch.randint(head.size, (S, M, K, H), generator=g)
+    else:
+        actions = torch.randn(S, M, K, H, head.size, generator=g, dtype=torch.float64)
+    batch = {
+        "obs": torch.randn(S, M, K, H, D, generator=g, dtype=torch.float64) * mask.unsqueeze(-1),
+        "actions": actions,
+        "rewards": torch.randn(S, M, K, H, generator=g, dtype=torch.float64) * mask,
+        "mask": mask,
+        "last_obs": torch.randn(S, M, K, D, generator=g, dtype=torch.float64),
+        "terminated": torch.rand(S, M, K, generator=g) < 0.5,
+    }
+    return theta, params, batch
+
+
+HEADS = {"categorical": Categorical(3), "gaussian": Gaussian(2)}
+
+# --- networks ---
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (8, 6, 4)])
+def test_mlp_is_the_tanh_network_that_torch_builds_from_the_same_weights(hidden):
+    theta = in_double(policies.init_mlp("policy", [D, *hidden, 2], seeded()))
+    params = {name: p.expand(-1, M, *p.shape[2:]) for name, p in theta.items()}
+    x = torch.randn(S * M, 11, D, dtype=torch.float64)
+    got = policies.mlp(params, "policy")(x)
+    for b in range(S * M):
+        layers = []
+        for i, (n, m) in enumerate(zip([D, *hidden], [*hidden, 2], strict=True)):
+            linear = torch.nn.Linear(n, m).double()
+            linear.weight.data = params[f"policy.{i}.weight"][b // M, b % M].T
+            linear.bias.data = params[f"policy.{i}.bias"][b // M, b % M, 0]
+            layers += [linear, torch.nn.Tanh()]
+        torch.testing.assert_close(got[b], torch.nn.Sequential(*layers[:-1])(x[b]), rtol=1e-12, atol=1e-12)
+
+
+def test_initial_weights_are_within_linears_bounds_and_depend_on_the_runs_seed_alone():
+    theta = policies.init_mlp("policy", [100, 50, 2], seeded(2))
+    again = policies.init_mlp("policy", [100, 50, 2], seeded(3))
+    for name, p in theta.items():
+        bound = 1 / math.sqrt(100 if ".0." in name else 50)
+        assert p.shape[:2] == (2, 1) and p.abs().max() <= bound
+        assert torch.equal(p, again[name][:2]) and not torch.equal(p[0], p[1])
+    assert theta["policy.0.weight"].std().item() == pytest.approx(0.1 / math.sqrt(3), rel=0.05)
+
+
+# --- distributions ---
+
+
+def test_categorical_is_torchs():
+    outputs = torch.randn(4, 7, 3, dtype=torch.float64)
+    actions = torch.randint(3, (4, 7))
+    expected = torch.distributions.Categorical(logits=outputs).log_prob(actions)
+    torch.testing.assert_close(Categorical(3).log_prob({}, outputs, actions), expected)
+
+
+def test_gaussian_is_torchs():
+    theta, params, batch = example(Gaussian(2))
+    with torch.no_grad():
+        theta["policy.log_std"].copy_(torch.randn(S, 1, 1, 2).abs())
+    outputs, actions = torch.randn(2, S * M, 7, 2, dtype=torch.float64)
+    std = params["policy.log_std"].reshape(S * M, 1, 2).exp()
+    expected = torch.distributions.Normal(outputs, std).log_prob(actions).sum(-1)
+    torch.testing.assert_close(Gaussian(2).log_prob(params, outputs, actions), expected)
+
+
+def test_gumbel_noise_makes_actions_as_frequent_as_softmax_says():
+    logits = torch.tensor([[[1.0, 0.0, -1.0]]])
+    noise = -torch.empty(1, 100_000, 3).exponential_(generator=seeded()[0]).log()
+    actions = Categorical(3).sample({}, logits, noise)
+    counts = torch.bincount(actions.flatten(), minlength=3) / 100_000
+    torch.testing.assert_close(counts, logits.softmax(-1)[0, 0], atol=0.006, rtol=0)  # 4 standard errors
+
+
+def test_gaussian_samples_are_mean_plus_std_times_noise():
+    theta, params, _ = example(Gaussian(2))
+    mean, noise = torch.randn(2, S * M, 5, 2, dtype=torch.float64)
+    torch.testing.assert_close(Gaussian(2).sample(params, mean, noise), mean + noise)
+
+
+# --- returns, advantages ---
+
+
+def test_discounted_sums_equal_the_backward_recursion():
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    expected, total = torch.zeros_like(x), torch.zeros(2, 3, dtype=torch.float64)
+    for t in reversed(range(9)):
+        total = x[..., t] + 0.9 * total
+        expected[..., t] = total
+    torch.testing.assert_close(discounted_sums(x, 0.9), expected)
+    torch.testing.assert_close(discounted_sums(x, 0.0), x)  # λ = 0
+
+
+def test_whitening_is_per_task_over_valid_steps_alone():
+    x, mask = torch.randn(S, M, K, H, dtype=torch.float64), torch.rand(S, M, K, H) < 0.7
+    white = whiten(x, mask)
+    assert white[~mask].abs().max() == 0
+    for s, i in itertools.product(range(S), range(M)):
+        valid = x[s, i][mask[s, i]]
+        torch.testing.assert_close(white[s, i][mask[s, i]], (valid - valid.mean()) / valid.std(correction=0))
+
+
+def test_baseline_step_takes_each_steps_mean_over_trajectories_first():
+    x, mask = torch.randn(1, 1, K, H, dtype=torch.float64), torch.rand(1, 1, K, H) < 0.7
+    trend = 100 * torch.arange(H, dtype=torch.float64)
+    torch.testing.assert_close(whiten(x, mask, "step"), whiten(x + trend, mask, "step"))  # blind to a trend
+    white = whiten(x, mask, "step")
+    assert white[~mask].abs().max() == 0
+    for t in range(H):
+        valid = mask[0, 0, :, t]
+        assert not valid.any() or white[0, 0, valid, t].mean().abs() < 1e-12
+    assert white[mask].square().mean().item() == pytest.approx(1)
+
+
+def test_gaussians_std_has_a_floor():
+    params = {"policy.log_std": torch.full((1, 1, 1, 1), -9.0)}
+    assert Gaussian(1, min_std=0.25).sample(params, torch.zeros(1, 1, 1), torch.ones(1, 1, 1)).item() == 0.25
+
+
+def test_whitening_equal_values_gives_zeros():
+    assert torch.equal(
+        whiten(torch.full((1, 1, 2, 3), 7.0), torch.ones(1, 1, 2, 3, dtype=torch.bool)), torch.zeros(1, 1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_ac_bootstraps_truncated_episodes_and_not_terminated_ones(terminated):
+    """GAE by the usual backward recursion on every single episode."""
+    head = Categorical(3)
+    theta, params, batch = example(head)
+    batch["terminated"] = torch.full((S, M, K), terminated)
+    gamma, gae_lambda = 0.9, 0.8
+    critic = policies.mlp(params, "critic")
+    values = critic(batch["obs"].flatten(0, 1).flatten(1, 2)).view(S, M, K, H).detach()
+    last = critic(batch["last_obs"].flatten(0, 1)).view(S, M, K).detach()
+    advantages = torch.zeros_like(values)
+    for s, i, k in itertools.product(range(S), range(M), range(K)):
+        length = int(batch["mask"][s, i, k].sum())
+        next_value, advantage = (0.0 if terminated else last[s, i, k]), 0.0
+        for t in reversed(range(length)):
+            error = batch["rewards"][s, i, k, t] + gamma * next_value - values[s, i, k, t]
+            advantage = error + gamma * gae_lambda * advantage
+            next_value = values[s, i, k, t]
+            advantages[s, i, k, t] = advantage
+    mask = batch["mask"]
+    logs = policies.log_probs(params, batch, head)
+    value_loss = 0.5 * (advantages**2).sum((2, 3)) / mask.sum((2, 3))  # (V − (V + A))²
+    expected = surrogate(logs, whiten(advantages, mask), mask, "lvc") + value_loss
+    torch.testing.assert_close(policies.ac(params, batch, head, gamma, "lvc", gae_lambda=gae_lambda), expected)
+
+
+def test_pg_is_the_formula_written_as_loops():
+    head = Categorical(3)
+    theta, params, batch = example(head)
+    logs, mask = policies.log_probs(params, batch, head), batch["mask"]
+    got = policies.pg(params, batch, head, 0.9, "naive")
+    for s, i in itertools.product(range(S), range(M)):
+        to_go = {}
+        for k in range(K):
+            length = int(mask[s, i, k].sum())
+            for t in range(length):
+                to_go[k, t] = sum(0.9 ** (u - t) * batch["rewards"][s, i, k, u] for u in range(t, length))
+        values = torch.stack(list(to_go.values()))
+        white = {key: (x - values.mean()) / values.std(correction=0) for key, x in to_go.items()}
+        expected = -sum(logs[s, i, k, t] * x for (k, t), x in white.items()) / K
+        torch.testing.assert_close(got[s, i], expected)
+
+
+# --- padding, and the independence of runs and tasks ---
+
+
+@pytest.mark.parametrize("rl", LOSSES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("name", HEADS)
+def test_padding_contributes_exactly_zero_to_loss_and_gradients(name, estimator, rl):
+    head = HEADS[name]
+    theta, params, batch = example(head, critic=rl == "ac")
+    results = []
+    for garbage in (0.0, 1e3):
+        padded = dict(batch)
+        behind = ~batch["mask"]
+        padded["obs"] = batch["obs"] + garbage * behind.unsqueeze(-1)
+        padded["rewards"] = batch["rewards"] + garbage * behind
+        if name == "gaussian":
+            padded["actions"] = batch["actions"] + garbage * behind.unsqueeze(-1)
+        loss = LOSSES[rl](params, padded, head, 0.9, estimator, gae_lambda=0.8)
+        results.append([loss, *torch.autograd.grad(loss.sum(), list(theta.values()))])
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty) and clean.isfinite().all()
+
+
+@pytest.mark.parametrize("rl", LOSSES)
+def test_a_longer_padding_changes_nothing(rl):
+    theta, params, batch = example(HEADS["categorical"])
+    longer = dict(batch)
+    for key in ("obs", "actions", "rewards", "mask"):
+        longer[key] = torch.cat([batch[key], torch.zeros_like(batch[key])], 3)
+    losses = [LOSSES[rl](params, b, HEADS["categorical"], 0.9, "dice", gae_lambda=0.8) for b in (batch, longer)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rl", LOSSES)
+def test_runs_and_tasks_do_not_touch_each_other(rl):
+    head = HEADS["gaussian"]
+    theta, params, batch = example(head)
+    loss = LOSSES[rl](params, batch, head, 0.9, "lvc", gae_lambda=0.8)
+    for s, i in itertools.product(range(S), range(M)):
+        one = {key: x[s : s + 1, i : i + 1] for key, x in batch.items()}
+        alone = LOSSES[rl](
+            {key: p[s : s + 1, i : i + 1] for key, p in params.items()}, one, head, 0.9, "lvc", gae_lambda=0.8
+        )
+        torch.testing.assert_close(loss[s, i], alone[0, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rl", LOSSES)
+def test_estimators_share_loss_gradient_exactly(rl):
+    theta, params, batch = example(HEADS["categorical"], critic=rl == "ac")
+    grads = [
+        torch.autograd.grad(
+            LOSSES[rl](params, batch, HEADS["categorical"], 0.9, e, gae_lambda=0.8).sum(), list(theta.values())
+        )
+        for e in ESTIMATORS
+    ]
+    for others in grads[1:]:
+        for mine, theirs in zip(grads[0], others, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+# --- the estimators' Hessians, on an MDP small enough to enumerate ---
+
+STATES, ACTIONS, STEPS = 3, 2, 3
+
+
+@pytest.fixture(scope="module")
+def mdp():
+    """A tabular MDP with a softmax policy θ (6,): all trajectories with their probability, and what follows from it."""
+    g = torch.Generator().manual_seed(3)
+    start = torch.rand(STATES, generator=g, dtype=torch.float64).softmax(0)
+    move = (2 * torch.randn(STATES, ACTIONS, STATES, generator=g, dtype=torch.float64)).softmax(-1)
+    reward = torch.randn(STATES, ACTIONS, generator=g, dtype=torch.float64)
+    theta = torch.randn(STATES * ACTIONS, generator=g, dtype=torch.float64).requires_grad_()
+    paths = torch.tensor(list(itertools.product(range(STATES), range(ACTIONS), repeat=STEPS)))
+    states, actions = paths[:, 0::2], paths[:, 1::2]  # (N, T)
+    fixed = start[states[:, 0]] * move[states[:, :-1], actions[:, :-1], states[:, 1:]].prod(1)
+
+    def log_policy(theta):
+        return theta.view(STATES, ACTIONS).log_softmax(-1)[states, actions]  # (N, T)
+
+    def value(theta):  # J = Σ_τ p(τ; θ) R(τ), exactly
+        return (fixed * log_policy(theta).sum(1).exp() * reward[states, actions].sum(1)).sum()
+
+    probability = (fixed * log_policy(theta).sum(1).exp()).detach()
+    assert probability.sum().item() == pytest.approx(1)
+    to_go = discounted_sums(reward[states, actions], 1.0)
+
+    def expected_surrogate(estimator):
+        """−E_τ[shipped surrogate], a function of θ that is differentiable twice."""
+
+        def f(theta):
+            logs = log_policy(theta)[None, :, None]  # every trajectory as a task of its own: (1, N, 1, T)
+            losses = surrogate(logs, to_go[None, :, None], torch.ones_like(logs), estimator)
+            return -(probability * losses[0]).sum()
+
+        return f
+
+    return theta, value, expected_surrogate, (probability, states, actions, to_go)
+
+
+def hessian(f, theta):
+    return torch.autograd.functional.hessian(f, theta)
+
+
+def by_hand(mdp, with_outer_product):
+    """Σ_τ p Σ_t A_t (∇² log π [+ ∇ log π ∇ log πᵀ]) with softmax's derivatives e_a − π and ππᵀ − diag π."""
+    theta, _, _, (probability, states, actions, to_go) = mdp
+    pi = theta.detach().view(STATES, ACTIONS).softmax(-1)
+    total = torch.zeros(len(theta), len(theta), dtype=torch.float64)
+    for n, t in itertools.product(range(len(probability)), range(STEPS)):
+        s, a = int(states[n, t]), int(actions[n, t])
+        score = -pi[s].clone()
+        score[a] += 1
+        block = pi[s].outer(pi[s]) - pi[s].diag()
+        if with_outer_product:
+            block = block + score.outer(score)
+        here = slice(s * ACTIONS, (s + 1) * ACTIONS)
+        total[here, here] += probability[n] * to_go[n, t] * block
+    return total
+
+
+def cosine(a, b):
+    return ((a * b).sum() / (a.norm() * b.norm())).item()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_expected_gradient_of_every_estimator_is_the_true_gradient(mdp, estimator):
+    theta, value, expected_surrogate, _ = mdp
+    (true,) = torch.autograd.grad(value(theta), theta)
+    (got,) = torch.autograd.grad(expected_surrogate(estimator)(theta), theta)
+    torch.testing.assert_close(got, true, rtol=1e-10, atol=1e-12)
+
+
+def test_dices_expected_hessian_is_the_true_hessian(mdp):
+    theta, value, expected_surrogate, _ = mdp
+    torch.testing.assert_close(hessian(expected_surrogate("dice"), theta), hessian(value, theta), rtol=1e-9, atol=1e-10)
+
+
+def test_naive_and_lvc_hessians_are_wrong_by_just_the_terms_they_drop(mdp):
+    theta, value, expected_surrogate, _ = mdp
+    true = hessian(value, theta)
+    naive, lvc = (hessian(expected_surrogate(name), theta) for name in ("naive", "lvc"))
+    torch.testing.assert_close(naive, by_hand(mdp, with_outer_product=False), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(lvc, by_hand(mdp, with_outer_product=True), rtol=1e-9, atol=1e-10)
+    assert cosine(hessian(expected_surrogate("dice"), theta), true) == pytest.approx(1)
+    assert cosine(naive, true) == pytest.approx(-0.365, abs=0.001)  # it points the wrong way
+    assert cosine(lvc, true) == pytest.approx(0.853, abs=0.001)

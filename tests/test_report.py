@@ -1,0 +1,139 @@
+"""Statistics by hand, and the report and figures of run folders written by hand."""
+
+import builtins
+import json
+import math
+
+import numpy as np
+import pytest
+
+import report
+
+
+def test_iqm_is_the_mean_without_the_outer_quarters():
+    assert report.iqm([100, 1, 2, 3, -50]) == 2  # five runs: one dropped on each side
+    assert report.iqm([1, 2]) == 1.5 and report.iqm([7]) == 7
+    assert report.iqm([1, 2, 3, math.inf, math.inf]) == math.inf  # two of five never got there
+    assert report.iqm([1, 2, 3, 4, math.inf]) == 3
+    np.testing.assert_array_equal(report.iqm(np.array([[0, 9], [1, 5], [2, 4], [3, 0]])), [1.5, 4.5])
+
+
+def test_interval_covers_the_mean_of_normal_samples_about_95_times_in_100():
+    rng = np.random.default_rng(1)
+    hits = [low <= 0 <= high for low, high in (report.interval(rng.normal(size=20)) for _ in range(200))]
+    assert 0.85 <= np.mean(hits) <= 0.99
+
+
+def test_interval_of_equal_values_is_a_point_and_infinite_values_pass_through():
+    assert report.interval([3, 3, 3]) == (3, 3)
+    assert report.interval([math.inf] * 4) == (math.inf, math.inf)
+
+
+def test_ema_by_hand():
+    np.testing.assert_allclose(report.ema([10, 20, 0], 0.9), [10, 11, 9.9])
+
+
+def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
+    folder.mkdir(parents=True)
+    config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "seed": 1, "inner_steps": 1}
+    (folder / "config.json").write_text(json.dumps(config | {"threshold": threshold, "phi": phi}))
+    rows = ["epoch,env_steps,seconds,sample_seconds,return_pre,return_post,return_med"]
+    for i, x in enumerate(returns, 1):
+        rows.append(f"{i},{100 * i},{seconds * i},{0.1 * i},{x - 1},{x},")
+    (folder / "log.csv").write_text("\n".join(rows) + "\n")
+    rows = ["epoch,phi,step,return"]
+    grid = ["5", "10", "15"] if len(phi) == 1 else ["-1 0", "0 0", "0 1", "0 -1", "1 0"]
+    rows += [f"{len(returns)},{p},{step},{10 + step}" for p in grid for step in range(3)]
+    (folder / "eval.csv").write_text("\n".join(rows) + "\n")
+    if failed:
+        (folder / "failed.txt").write_text("not finite\n")
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """maml: over 15 at epoch 4, 4 and never; directed-maml: at epoch 2 in all three."""
+    root = tmp_path / "toy-pg"
+    for seed, jump in ((1, 4), (2, 4), (3, 99)):
+        write_run(
+            root / "maml" / f"seed{seed}",
+            "maml",
+            None,
+            [10.0] * (jump - 1) + [100.0] * (6 - jump + 1) if jump < 6 else [10.0] * 6,
+        )
+        write_run(root / "directed-maml" / "delta0.1" / f"seed{seed}", "directed-maml", 0.1, [10.0] + [100.0] * 5, 1.0)
+    return root
+
+
+def cells(root, label):
+    lines = (root / "report.md").read_text().splitlines()
+    header = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    row = next(line for line in lines if line.startswith(f"| {label} |"))
+    return dict(zip(header, (cell.strip() for cell in row.split("|")[1:-1]), strict=True))
+
+
+def test_the_table_by_hand(experiment):
+    report.write(experiment)
+    maml, directed = cells(experiment, "maml"), cells(experiment, "directed-maml")
+    assert maml["runs"] == "3" and maml["epochs trained"] == "6" and maml["converged"] == "2/3"
+    assert maml["s per epoch"] == "0.5 ± 0" and maml["s per 1000 epochs"] == "500 ± 0"
+    assert maml["epochs to convergence"].startswith("never")  # three runs: nothing is trimmed, and one is infinite
+    assert directed["converged"] == "3/3"
+    assert directed["epochs to convergence"] == "2 [2, 2]"
+    assert directed["env steps to convergence"] == "200 [200, 200]"
+    assert directed["s to convergence"] == "2 [2, 2]"
+    assert directed["final return"] == "100 [100, 100]"
+    assert directed["speed-up by δ: epochs, steps, s"] == "–, –, –"  # no figure against a twin that is never there
+
+
+def test_the_speed_up_is_the_twins_figure_over_ones_own(experiment, tmp_path):
+    write_run(
+        experiment / "maml" / "seed4", "maml", None, [10.0] * 3 + [100.0] * 3
+    )  # four runs: the infinite one is cut
+    report.write(experiment)
+    assert cells(experiment, "directed-maml")["speed-up by δ: epochs, steps, s"] == "2.00×, 2.00×, 1.00×"
+
+
+def test_failed_runs_are_counted_and_not_dropped(experiment):
+    write_run(experiment / "maml" / "seed4", "maml", None, [10.0, 100.0, 100.0], failed=True)
+    report.write(experiment)
+    maml = cells(experiment, "maml")
+    assert maml["runs"] == "4 (1 failed)" and maml["converged"] == "2/4" and maml["epochs trained"] == "3-6"
+
+
+def test_several_deltas_are_lines_of_their_own(experiment):
+    write_run(experiment / "directed-maml" / "delta0" / "seed1", "directed-maml", 0.0, [10.0] * 6)
+    report.write(experiment)
+    assert cells(experiment, "directed-maml, δ = 0")["converged"] == "0/1"
+    assert cells(experiment, "directed-maml, δ = 0.1")["converged"] == "3/3"
+
+
+@pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])
+def test_figures_are_drawn(tmp_path, phi):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "a" / "seed1", "maml", None, [1.0, 2.0], phi=phi)
+    write_run(tmp_path / "b" / "seed1", "directed-maml", 0.1, [1.0, 2.0], phi=phi)
+    lines = report.write(tmp_path)
+    assert len(lines) == 3
+    for name in ("curves.png", "adaptation.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_held_out_returns_of_a_plane_are_averaged_over_equal_distance(tmp_path):
+    write_run(tmp_path / "seed1", "maml", None, [1.0], phi=("goal x (m)", "goal y (m)"))
+    x, returns = report.held_out(report.read(tmp_path)["maml"])
+    np.testing.assert_allclose(x, [0, 1])
+    np.testing.assert_allclose(returns, [[[10, 10], [11, 11], [12, 12]]])
+
+
+def test_without_matplotlib_one_line_says_how_to_get_the_figures(experiment, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    lines = report.write(experiment)
+    assert len(lines) == 2 and "pip install matplotlib" in lines[1]
+    assert (experiment / "report.md").exists() and not (experiment / "curves.png").exists()

@@ -1,0 +1,361 @@
+"""run.py as a user meets it: files, resume, determinism, learning, and one clear line for whatever is wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import run
+
+REPOSITORY = Path(__file__).parent.parent
+SMALL = ["--tasks", "2", "--trajectories", "3", "--horizon", "12", "--hidden", "8", "--eval-every", "2", "--quiet"]
+TIMES = ("seconds", "sample_seconds")
+
+
+def go(out, *words, env="cartpole", algo="fomaml", epochs=4):
+    """Run a small command in this process."""
+    run.main(
+        ["--env", env, "--algo", *algo.split(), "--epochs", str(epochs), "--out", str(out), *SMALL, *map(str, words)]
+    )
+
+
+def refused(capsys, out, *words, code=2, **kwargs):
+    """The one line on standard error of a command that must fail with this exit code."""
+    with pytest.raises(SystemExit) as stop:
+        go(out, *words, **kwargs)
+    captured = capsys.readouterr()
+    assert stop.value.code == code and captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.startswith("run.py: ")
+    return captured.err
+
+
+def rows(path, without_times=True):
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if not (without_times and k in TIMES)} for row in csv.DictReader(file)]
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("env", ["cartpole", "point", "velocity"])
+@pytest.mark.parametrize("rl", ["pg", "ac"])
+def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl):
+    go(tmp_path, "--rl", rl, "--seed", 1, 2, env=env, algo=" ".join(run.ALGORITHMS), epochs=2)
+    root = tmp_path / f"{env}-{rl}"
+    for algo in run.ALGORITHMS:
+        delta = "delta0.005" if env == "cartpole" else "delta0.0015"
+        folder = root / algo / (delta if algo.startswith("directed") else "") / "seed2"
+        assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "eval.csv", "log.csv"]
+        log = rows(folder / "log.csv", without_times=False)
+        assert list(log[0]) == run.LOG_FIELDS and [row["epoch"] for row in log] == ["1", "2"]
+        assert 0 < float(log[0]["sample_seconds"]) < float(log[0]["seconds"]) < float(log[1]["seconds"])
+        assert (log[0]["return_med"] != "") == algo.startswith("directed")
+        grid = 25 if env == "point" else 11
+        evaluation = rows(folder / "eval.csv")
+        steps = "01234"[:4]
+        assert list(evaluation[0]) == run.EVAL_FIELDS and len(evaluation) == grid * len(steps)
+        assert [row["step"] for row in evaluation[:4]] == list(steps)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["seed"] == 2 and config["algo"] == algo and config["versions"]["torch"] == torch.__version__
+    report = (root / "report.md").read_text()
+    assert all(f"| {algo} | 2 |" in report for algo in run.ALGORITHMS)
+
+
+def test_env_steps_count_what_was_sampled(tmp_path):
+    """point never ends early: M tasks × K trajectories × H steps, before and after adaptation, and the medium one."""
+    go(tmp_path, env="point", algo="maml directed-maml reptile", epochs=3)
+    per_task = 3 * 12
+    for folder, tasks in (("maml", 2 + 2), ("directed-maml/delta0.0015", 1 + 2 + 2), ("reptile", 5 * 2)):
+        log = rows(tmp_path / "point-pg" / folder / "seed1" / "log.csv")
+        assert [int(row["env_steps"]) for row in log] == [tasks * per_task * epoch for epoch in (1, 2, 3)]
+
+
+def test_defaults_are_table_i(tmp_path):
+    args = run.parse_args(["--env", "cartpole", "--algo", "directed-maml"])
+    (settings,) = run.resolve_runs(args, "directed-maml", run.resolve_env(args)).values()
+    table = {"delta": 0.005, "alpha": 0.001, "beta": 0.001, "gamma": 0.99, "tasks": 5, "trajectories": 10}
+    assert {key: settings[key] for key in table} == table
+    assert settings["inner_steps"] == 1 and settings["horizon"] == 200 and settings["optimizer"] == "sgd"
+
+
+def test_help_gives_every_flag_with_an_example_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        run.parse_args(["--help"])
+    text = capsys.readouterr().out.split("options:")[1]
+    entries = {entry.split()[0]: " ".join(entry.split()) for entry in text.split("\n  --")[1:]}
+    assert len(entries) > 20
+    for flag, entry in entries.items():
+        if flag not in ("env", "algo", "resume", "overwrite", "quiet"):
+            assert "default" in entry, entry
+        if flag not in ("resume", "overwrite", "quiet"):
+            assert f"e.g. --{flag}" in entry or f"e.g. --{flag.split('-')[0]}- {flag.split('-')[-1]}" in entry, entry
+
+
+# --- determinism ---
+
+
+def test_the_same_command_twice_gives_the_same_log(tmp_path):
+    logs = []
+    for name in ("a", "b"):
+        go(tmp_path / name, "--seed", 1, 2, algo="directed-maml", epochs=5)
+        logs.append(rows(tmp_path / name / "cartpole-pg/directed-maml/delta0.005/seed2/log.csv"))
+    assert logs[0] == logs[1]
+
+
+def test_a_run_alone_equals_the_same_run_inside_a_sweep(tmp_path):
+    go(tmp_path / "alone", "--seed", 2, algo="directed-maml")
+    go(tmp_path / "sweep", "--seed", 1, 2, 3, "--delta", 0, 0.005, algo="directed-maml")
+    alone, inside = (
+        rows(tmp_path / name / "cartpole-pg/directed-maml/delta0.005/seed2/log.csv") for name in ("alone", "sweep")
+    )
+    assert alone == inside
+
+
+def test_delta_zero_is_the_undirected_twin_epoch_by_epoch(tmp_path):
+    go(tmp_path, "--delta", 0, algo="maml directed-maml")
+    plain, zero = (rows(tmp_path / "cartpole-pg" / f / "seed1/log.csv") for f in ("maml", "directed-maml/delta0"))
+    assert [r["return_post"] for r in plain] == [r["return_post"] for r in zero]
+    assert int(plain[-1]["env_steps"]) < int(zero[-1]["env_steps"])
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "reptile"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_three_epochs_and_three_more_are_six_row_for_row(tmp_path, algo, optimizer):
+    words = ["--seed", 1, 2, "--optimizer", optimizer]
+    go(tmp_path / "once", *words, algo=algo, epochs=6)
+    go(tmp_path / "twice", *words, algo=algo, epochs=3)
+    go(tmp_path / "twice", *words, "--resume", algo=algo, epochs=6)
+    folders = [p.parent.relative_to(tmp_path / "once") for p in (tmp_path / "once").rglob("log.csv")]
+    assert len(folders) == 2
+    for folder in folders:
+        for name in ("log.csv", "eval.csv"):
+            assert rows(tmp_path / "once" / folder / name) == rows(tmp_path / "twice" / folder / name)
+        states = [torch.load(tmp_path / x / folder / "checkpoint.pt", weights_only=True) for x in ("once", "twice")]
+        assert all(torch.equal(states[0]["theta"][key], states[1]["theta"][key]) for key in states[0]["theta"])
+
+
+def test_rows_behind_the_checkpoint_and_half_a_row_are_cut_on_resume(tmp_path):
+    go(tmp_path / "a", epochs=3)
+    go(tmp_path / "b", epochs=6)
+    folder = tmp_path / "a/cartpole-pg/fomaml/seed1"
+    with open(folder / "log.csv", "a") as file:
+        file.write("4,999,1,1,1,1,\n5,99")  # what a crash leaves after the last checkpoint
+    go(tmp_path / "a", "--resume", epochs=6)
+    assert rows(folder / "log.csv") == rows(tmp_path / "b/cartpole-pg/fomaml/seed1/log.csv")
+
+
+def test_resume_starts_new_seeds_and_goes_on_with_old_ones(tmp_path):
+    go(tmp_path, "--seed", 1, epochs=2)
+    go(tmp_path, "--seed", 1, 2, "--resume", epochs=4)
+    for seed in (1, 2):
+        assert len(rows(tmp_path / f"cartpole-pg/fomaml/seed{seed}/log.csv")) == 4
+
+
+def test_resume_of_a_finished_run_rewrites_the_report_and_nothing_else(tmp_path):
+    go(tmp_path)
+    before = snapshot(tmp_path)
+    (tmp_path / "cartpole-pg/report.md").unlink()
+    go(tmp_path, "--resume")
+    after = snapshot(tmp_path)
+    unchanged = {name for name in before if name.endswith((".csv", ".pt", ".json", ".md"))}
+    assert {name: before[name] for name in unchanged} == {name: after[name] for name in unchanged}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_epoch_saves_and_says_how_to_go_on(tmp_path, signum):
+    words = ["--env", "cartpole", "--algo", "directed-maml", "--epochs", "100000", "--out", str(tmp_path), *SMALL]
+    process = subprocess.Popen([sys.executable, "run.py", *words], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "cartpole-pg/directed-maml/delta0.005/seed1"
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((folder / "log.csv").exists() and len(rows(folder / "log.csv")) > 2):
+        time.sleep(0.05)
+    process.send_signal(signum)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signum
+    assert error == f"run.py: stopped; go on with: python run.py {' '.join(words)} --resume\n"
+    epochs = len(rows(folder / "log.csv"))
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == epochs
+
+
+# --- what is wrong ends in one line, and harms nothing ---
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--delta", "-0.1"], "'-0.1': expected a number >= 0"),
+        (["--delta", "nan"], "'nan': expected a number >= 0"),
+        (["--trajectories", "0"], "'0': expected a whole number >= 1"),
+        (["--trajectories", "2.5"], "'2.5': expected a whole number >= 1"),
+        (["--gamma", "1.5"], "'1.5': expected a number > 0 and <= 1"),
+        (["--alpha", "0"], "'0': expected a number > 0"),
+        (["--range", "15", "5"], "--range 15 5: expected finite numbers, LOW first"),
+        (["--range", "5"], "--range 5: expected LOW HIGH for each of 1 parameter(s)"),
+        (["--medium", "9", "8"], "--medium 9 8: expected mean, sampled, random or 1 number(s): gravity (m/s²)"),
+        (["--medium", "middle"], "--medium middle: expected mean, sampled, random"),
+        (["--seed", "1", "1"], "--seed 1 1: a value stands twice"),
+        (["--seed", "-1"], "'-1': expected a whole number >= 0"),
+        (["--estimator", "best"], "invalid choice: 'best'"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_bad_flags_are_named_with_what_was_expected(tmp_path, capsys, words, says):
+    assert says in refused(capsys, tmp_path, *words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_environment_is_answered_with_the_nearest_one(tmp_path, capsys):
+    assert "did you mean cartpole?" in refused(capsys, tmp_path, env="carpole")
+    assert "choose from cartpole, point" in refused(capsys, tmp_path, env="xyz")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_asked_for_and_absent(tmp_path, capsys):
+    assert "--device cuda: no CUDA device" in refused(capsys, tmp_path, "--device", "cuda")
+
+
+def test_an_existing_run_is_kept_without_resume_or_overwrite(tmp_path, capsys):
+    go(tmp_path)
+    before = snapshot(tmp_path)
+    assert "this run exists; give --resume" in refused(capsys, tmp_path)
+    assert "this run exists" in refused(capsys, tmp_path, algo="maml fomaml")  # and nothing else is begun
+    assert snapshot(tmp_path) == before
+    go(tmp_path, "--overwrite", epochs=2)
+    assert len(rows(tmp_path / "cartpole-pg/fomaml/seed1/log.csv")) == 2
+
+
+def test_overwrite_removes_the_runs_own_files_alone(tmp_path):
+    go(tmp_path)
+    note = tmp_path / "cartpole-pg/fomaml/seed1/note.txt"
+    note.write_text("mine")
+    go(tmp_path, "--overwrite")
+    assert note.read_text() == "mine"
+
+
+def test_other_settings_on_resume_are_named(tmp_path, capsys):
+    go(tmp_path)
+    before = snapshot(tmp_path)
+    error = refused(capsys, tmp_path, "--resume", "--beta", "0.5")
+    assert "began with beta 0.001, this command says 0.5; give --beta as before" in error
+    assert "give --range as before" in refused(capsys, tmp_path, "--resume", "--range", "6", "7")
+    assert snapshot(tmp_path) == before
+
+
+def damage_truncated(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+def damage_foreign(path):
+    torch.save({"model": torch.zeros(3)}, path)
+
+
+class Code:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["HOSTILE_FOLDER"],))
+
+
+def damage_hostile(path):
+    torch.save({"format": 1, "settings": Code()}, path)
+
+
+@pytest.mark.parametrize("damage", [damage_truncated, damage_empty, damage_foreign, damage_hostile])
+def test_damaged_foreign_and_hostile_checkpoints_are_refused_and_run_no_code(tmp_path, capsys, monkeypatch, damage):
+    monkeypatch.setenv("HOSTILE_FOLDER", str(tmp_path / "hostile"))
+    go(tmp_path)
+    damage(tmp_path / "cartpole-pg/fomaml/seed1/checkpoint.pt")
+    before = snapshot(tmp_path)
+    error = refused(capsys, tmp_path, "--resume", epochs=8, code=1)
+    assert "checkpoint.pt: not a checkpoint" in error and "--overwrite" in error
+    assert snapshot(tmp_path) == before and not (tmp_path / "hostile").exists()
+
+
+def test_a_log_that_lost_rows_is_refused(tmp_path, capsys):
+    go(tmp_path)
+    log = tmp_path / "cartpole-pg/fomaml/seed1/log.csv"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    before = snapshot(tmp_path)
+    assert "has 2 epochs and checkpoint.pt 4" in refused(capsys, tmp_path, "--resume", epochs=8, code=1)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_explodes_is_named_and_the_others_go_on(tmp_path, capsys):
+    words = ["--seed", 1, 2, "--delta", 0.005, 1e39]
+    error = None
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path, *words, algo="directed-fomaml", epochs=5)
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(error) == 2
+    for seed, line in zip((1, 2), error, strict=True):
+        assert f"directed-fomaml, seed {seed}, delta 1e+39: a parameter is not finite after epoch 1" in line
+    root = tmp_path / "cartpole-pg/directed-fomaml"
+    go(tmp_path / "alone", "--seed", 1, 2, algo="directed-fomaml", epochs=5)
+    for seed in (1, 2):
+        assert (root / f"delta1e+39/seed{seed}/failed.txt").exists()
+        assert len(rows(root / f"delta0.005/seed{seed}/log.csv")) == 5
+        good = rows(tmp_path / f"alone/cartpole-pg/directed-fomaml/delta0.005/seed{seed}/log.csv")
+        assert rows(root / f"delta0.005/seed{seed}/log.csv") == good
+    assert "(2 failed)" in (tmp_path / "cartpole-pg/report.md").read_text()
+
+
+# --- it learns ---
+
+
+def test_cartpole_learns_in_few_epochs(tmp_path):
+    go(
+        tmp_path,
+        "--tasks",
+        5,
+        "--trajectories",
+        10,
+        "--horizon",
+        200,
+        "--hidden",
+        64,
+        64,
+        algo="directed-fomaml",
+        epochs=40,
+    )
+    log = rows(tmp_path / "cartpole-pg/directed-fomaml/delta0.005/seed1/log.csv")
+    first, last = (sum(float(row["return_post"]) for row in part) / 5 for part in (log[:5], log[-5:]))
+    assert first < 30 and last > 2 * first
+
+
+def test_point_adapts_in_one_inner_step(tmp_path):
+    go(
+        tmp_path,
+        "--tasks",
+        5,
+        "--trajectories",
+        10,
+        "--horizon",
+        20,
+        "--hidden",
+        64,
+        64,
+        env="point",
+        algo="maml",
+        epochs=60,
+    )
+    evaluation = [row for row in rows(tmp_path / "point-pg/maml/seed1/eval.csv") if row["epoch"] == "60"]
+    before, after = (sum(float(row["return"]) for row in evaluation if row["step"] == step) / 25 for step in ("0", "1"))
+    assert after > before + 0.5
