@@ -102,6 +102,12 @@ def final_return(run):
     return values[-max(len(values) // 10, 1) :].mean()
 
 
+def held_out_return(run, step):
+    """Mean over the held-out grid after `step` inner steps, at the last evaluation."""
+    rows = [row for row in run["eval"] if row["epoch"] == run["eval"][-1]["epoch"] and int(row["step"]) == step]
+    return np.mean([float(row["return"]) for row in rows])
+
+
 def reached(runs, key):
     """What each run had spent of a log column when it converged; infinite where it never did."""
     return [math.inf if (at := convergence(run)) is None else run["log"][key][at] for run in runs]
@@ -112,6 +118,8 @@ def row(label, runs, twins):
     good = [run for run in runs if not run["failed"]]
     per_epoch = [run["log"]["seconds"][-1] / len(run["log"]["epoch"]) for run in runs]
     epochs = reached(runs, "epoch")
+    evaluated = [run for run in good if run["eval"]]
+    steps = (0, min(runs[0]["config"]["inner_steps"], runs[0]["config"]["eval_steps"]))
     lengths = sorted({len(run["log"]["epoch"]) for run in runs})
     ratio = "–"
     if twins:
@@ -128,6 +136,7 @@ def row(label, runs, twins):
         with_interval(reached(runs, "env_steps"), "{:.3g}"),
         with_interval(reached(runs, "seconds"), "{:.3g}"),
         with_interval([final_return(run) for run in good]) if good else "–",
+        *(with_interval([held_out_return(run, n) for run in evaluated]) if evaluated else "–" for n in steps),
         ratio,
     ]
     return "| " + " | ".join(cells) + " |"
@@ -135,7 +144,8 @@ def row(label, runs, twins):
 
 HEADER = [
     "algorithm", "runs", "epochs trained", "s per epoch", "s per 1000 epochs", "converged", "epochs to convergence",
-    "env steps to convergence", "s to convergence", "final return", "speed-up by δ: epochs, steps, s",
+    "env steps to convergence", "s to convergence", "final return", "held-out before", "held-out after",
+    "speed-up by δ: epochs, steps, s",
 ]  # fmt: skip
 
 
@@ -158,8 +168,10 @@ def text(labels):
 Seconds: training time, evaluation excluded, as mean ± standard deviation over runs; runs trained in one batch share
 its time evenly. Convergence: the first epoch at which the mean return after adaptation, smoothed (EMA {EMA}), is above
 {config["threshold"]:g}; a run that never gets there counts as infinite ("never") and is not dropped. Final return:
-mean return after adaptation over the last tenth of the epochs. Convergence and return are interquartile means over
-seeds with 95% bootstrap intervals. Speed-up: the undirected twin's interquartile mean over this one's.
+mean return after adaptation over the last tenth of the epochs. Held-out: mean return over the fixed grid of tasks at
+the last evaluation, before adaptation and after as many inner steps as in training (at most {config["eval_steps"]}).
+Convergence and returns are interquartile means over seeds with 95% bootstrap intervals. Speed-up: the undirected
+twin's interquartile mean over this one's.
 """
 
 

@@ -108,7 +108,7 @@ def parse_args(argv):
         ["mean"], "mean", nargs="+")
     add("--range", "5 15", "Φ: LOW HIGH for each component of φ", shown="the environment's",
         nargs="+", type=float, metavar="BOUND")
-    add("--estimator", "dice", "of the meta-gradient's second-order terms", "lvc", choices=policies.ESTIMATORS)
+    add("--estimator", "lvc", "of the meta-gradient's second-order terms", "dice", choices=policies.ESTIMATORS)
     add("--baseline", "step", "taken from the advantages: each task's mean, or each time step's",
         shown="task; point, velocity step", choices=policies.BASELINES)
     add("--optimizer", "adam", "of the β-step", "sgd", choices=OPTIMIZERS)

@@ -35,7 +35,7 @@ def test_ema_by_hand():
 
 def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
     folder.mkdir(parents=True)
-    config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "seed": 1, "inner_steps": 1}
+    config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "seed": 1, "inner_steps": 1, "eval_steps": 2}
     (folder / "config.json").write_text(json.dumps(config | {"threshold": threshold, "phi": phi}))
     rows = ["epoch,env_steps,seconds,sample_seconds,return_pre,return_post,return_med"]
     for i, x in enumerate(returns, 1):
@@ -82,6 +82,7 @@ def test_the_table_by_hand(experiment):
     assert directed["env steps to convergence"] == "200 [200, 200]"
     assert directed["s to convergence"] == "2 [2, 2]"
     assert directed["final return"] == "100 [100, 100]"
+    assert directed["held-out before"] == "10 [10, 10]" and directed["held-out after"] == "11 [11, 11]"
     assert directed["speed-up by δ: epochs, steps, s"] == "–, –, –"  # no figure against a twin that is never there
 
 
