@@ -4,11 +4,15 @@ Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M. Every
 front (`draw_noise`), so a rollout is a pure function of the policy's parameters, φ and noise.
 """
 
+import difflib
 import itertools
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+import gymnasium
 import numpy as np
 import torch
 
@@ -32,9 +36,9 @@ def generators(seeds, *stream):
 class Env:
     """One task family. States are tensors (B, K, D) and are observed whole; φ is not observed.
 
-    reset: noise (B, K, D) uniform in [0, 1) -> state
-    dynamics: φ (B, 1, P) -> step: (state, action) -> (state, reward (B, K), terminated (B, K)), where actions are
-        (B, K) in 0 .. actions−1, or (B, K, A) within the box `actions` = (low, high)
+    dynamics: (φ (B, 1, P), noise (B, K, R) uniform in [0, 1)) -> the initial state, and step: (state, action) ->
+        (state, reward, terminated, truncated), the last three (B, K). Actions are (B, K) in 0 .. actions−1, or
+        (B, K, A) within the box `actions` = (low, high).
     """
 
     phi: tuple[str, ...]  # names and units of φ's P components
@@ -43,21 +47,19 @@ class Env:
     horizon: int  # H
     obs_dim: int  # D
     actions: int | tuple[tuple[float, ...], tuple[float, ...]]
-    reset: Callable
+    reset_noise: int  # R
     dynamics: Callable
-    threshold: float  # mean return from which a run counts as converged
+    threshold: float | None  # mean return from which a run counts as converged
     epochs: int
     defaults: dict = field(default_factory=dict)  # where those of run.py do not fit
+    in_workers: bool = False  # worth sampling in processes of their own: gymnasium's environments
 
     @property
     def action_dim(self):
         return self.actions if isinstance(self.actions, int) else len(self.actions[0])
 
 
-# Each takes φ (B, 1, P) and returns step(state, action) -> (state, reward, terminated) for those tasks.
-
-
-def cartpole(phi):
+def cartpole(phi, noise):
     """gymnasium's CartPole-v1, equations and constants, at gravity φ (m/s²).
 
     State: position (m), velocity (m/s), angle (rad), angular velocity (rad/s). Action 0 pushes left, 1 right.
@@ -69,7 +71,7 @@ def cartpole(phi):
     push = phi.new_tensor([-force / total_mass, force / total_mass])
     inertia = phi.new_tensor(half_length * 4 / 3)
     limits = phi.new_tensor([2.4, math.inf, 12 * 2 * math.pi / 360, math.inf])
-    reward = phi.new_tensor(1.0)
+    reward, truncated = phi.new_tensor(1.0), torch.zeros_like(noise[..., 0], dtype=torch.bool)
 
     def step(state, action):
         _, x_dot, angle, angle_dot = state.unbind(-1)
@@ -82,19 +84,20 @@ def cartpole(phi):
         # x_acc = temp − pole_moment angle_acc cos / total_mass
         x_acc = torch.addcmul(temp, angle_acc, cos, value=-pole_moment / total_mass)
         state = state.add(torch.stack((x_dot, x_acc, angle_dot, angle_acc), -1), alpha=tau)
-        return state, reward.expand_as(x_dot), (state.abs() > limits).any(-1)
+        return state, reward.expand_as(x_dot), (state.abs() > limits).any(-1), truncated
 
-    return step
+    return noise * 0.1 - 0.05, step
 
 
-def point(phi):
+def point(phi, noise):
     """A point in the plane, at the origin at first, moves by the action (m); φ = goal (m); reward −|s − goal|²."""
+    never = torch.zeros_like(noise[..., 0], dtype=torch.bool)
 
     def step(state, action):
         state = state + action
-        return state, -(state - phi).square().sum(-1), state.new_zeros(state.shape[:-1], dtype=torch.bool)
+        return state, -(state - phi).square().sum(-1), never, never
 
-    return step
+    return torch.zeros_like(noise), step
 
 
 # A body on a line, at rest at first, changes its velocity v by the action (m/s); φ = target v*; reward −(v − v*)².
@@ -102,37 +105,187 @@ def point(phi):
 velocity = point
 
 
+CROSSING_UNIT = 50.0  # m: the crossing's positions in units near 1, as networks want them
+
+
+def crossing(phi, noise):
+    """Vehicle 1 drives north, vehicle 2 east at speed φ = u (m/s), both toward one crossing; u is not observed.
+
+    State: (Δx, Δy), vehicle 2's position less vehicle 1's, in units of 50 m; as each vehicle stays on its road, it is
+    also (x₂, −y₁). Both start 35 to 45 m before the crossing, independently and uniformly. Action: vehicle 1's speed v
+    in m/s, held for 0.1 s. Reward of a step: 1 − ((v − 10) / 10)² − 2 max(0, 1 − d / 15), with 10 m/s the optimal
+    speed and 15 m the safe distance; a distance d below 3 m is a collision, which costs 10 and ends the episode.
+    """
+    dt, best_speed, safe_distance, collision_distance = 0.1, 10.0, 15.0, 3.0  # s, m/s, m, m
+    never = torch.zeros_like(noise[..., 0], dtype=torch.bool)
+    start = noise.new_tensor([-1.0, 1.0]) * (35 + 10 * noise) / CROSSING_UNIT
+
+    def step(state, action):
+        speed = action[..., 0]
+        state = state + torch.stack((phi[..., 0].expand_as(speed), -speed), -1) * (dt / CROSSING_UNIT)
+        distance = state.norm(dim=-1) * CROSSING_UNIT
+        reward = 1 - (speed / best_speed - 1).square() - 2 * (1 - distance / safe_distance).clamp(min=0)
+        collided = distance < collision_distance
+        return state, reward - 10 * collided, collided, never
+
+    return start, step
+
+
+class Gymnasium:
+    """Dynamics of a gymnasium environment whose attributes `names` are φ times `scale`; one instance for each lane.
+
+    The attributes are set on the unwrapped environment before every reset: a constructor may refuse what the physics
+    can do (LunarLander's asserts gravity < 12), and setting an attribute on a wrapper does nothing. Finished episodes
+    are not stepped. Lanes whose noise is NaN do not exist. Keeps its instances for the next rollout.
+    """
+
+    def __init__(self, env_id, names, scale=1.0):
+        self.env_id, self.names, self.scale, self.lanes = env_id, names, scale, []
+
+    def reset(self, lane, phi, seed):
+        """First observation (D,) of a new episode of a lane's instance."""
+        while len(self.lanes) <= lane:
+            self.lanes.append(gymnasium.make(self.env_id, disable_env_checker=True))
+        for name, value in zip(self.names, phi, strict=True):
+            setattr(self.lanes[lane].unwrapped, name, self.scale * value)
+        return self.lanes[lane].reset(seed=seed)[0].ravel()
+
+    def __call__(self, phi, noise):
+        shape = noise.shape[:2]
+        phi = phi.double().expand(*shape, -1).flatten(0, 1).tolist()
+        seeds = [None if math.isnan(u) else int(u * 2**24) for u in noise[..., 0].flatten().tolist()]
+        obs = None
+        rewards, terminated, truncated = np.zeros(len(seeds), np.float32), *np.zeros((2, len(seeds)), bool)
+        for lane, seed in enumerate(seeds):
+            truncated[lane] = seed is None
+            if seed is not None:
+                first = self.reset(lane, phi[lane], seed)
+                obs = np.zeros((len(seeds), len(first)), np.float32) if obs is None else obs
+                obs[lane] = first
+
+        def tensor(array):
+            return torch.from_numpy(array.copy()).unflatten(0, shape)
+
+        def step(state, action):
+            actions = action.flatten(0, 1).numpy()
+            rewards[:] = 0
+            for lane in np.flatnonzero(~(terminated | truncated)):
+                first, rewards[lane], terminated[lane], truncated[lane], _ = self.lanes[lane].step(actions[lane])
+                obs[lane] = first.ravel()
+            return tensor(obs), tensor(rewards), tensor(terminated), tensor(truncated)
+
+        return tensor(obs), step
+
+    def check(self, low, high, steps=200):
+        """Raises ValueError where one seed and one sequence of actions give the same episode at both ends of Φ."""
+        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        for i, name in enumerate(self.names):
+            episodes = []
+            for value in (low[i], high[i]):
+                episode = [self.reset(0, [*middle[:i], value, *middle[i + 1 :]], seed=0).tolist()]
+                self.lanes[0].action_space.seed(0)
+                over = low[i] == high[i]
+                while not over and len(episode) <= steps:
+                    obs, reward, terminated, truncated, _ = self.lanes[0].step(self.lanes[0].action_space.sample())
+                    episode.append([*obs.ravel().tolist(), reward])
+                    over = terminated or truncated
+                episodes.append(episode)
+            if episodes[0] == episodes[1] and low[i] < high[i]:
+                raise ValueError(
+                    f"{self.env_id}: {name} = {low[i]:g} and {high[i]:g} give the same episode, so it is no task "
+                    "parameter; name an attribute that the environment reads at every step"
+                )
+
+
 ENVS = {
     "cartpole": Env(
-        phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200, obs_dim=4, actions=2,
-        reset=lambda noise: noise * 0.1 - 0.05, dynamics=cartpole, threshold=175.0, epochs=400,
+        phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200, obs_dim=4, actions=2, reset_noise=4,
+        dynamics=cartpole, threshold=175.0, epochs=400,
+    ),
+    "lunarlander": Env(  # its attribute is the vertical component, −φ
+        phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=300, obs_dim=8, actions=4, reset_noise=1,
+        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0), threshold=100.0, epochs=500, in_workers=True,
+    ),
+    "crossing": Env(
+        phi=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,
+        actions=((0.0,), (15.0,)), dynamics=crossing, threshold=40.0, epochs=400,
     ),
     "point": Env(
-        phi=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20, obs_dim=2,
-        actions=((-0.1, -0.1), (0.1, 0.1)), reset=torch.zeros_like, dynamics=point, threshold=-2.0, epochs=200,
+        phi=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20, obs_dim=2, reset_noise=2,
+        actions=((-0.1, -0.1), (0.1, 0.1)), dynamics=point, threshold=-2.0, epochs=200,
         defaults={"alpha": 0.03, "beta": 0.0003, "delta": 0.0015, "baseline": "step"},
     ),
     "velocity": Env(
-        phi=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20, obs_dim=1,
-        actions=((-0.2,), (0.2,)), reset=torch.zeros_like, dynamics=velocity, threshold=-5.0, epochs=200,
+        phi=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20, obs_dim=1, reset_noise=1,
+        actions=((-0.5,), (0.5,)), dynamics=velocity, threshold=-5.0, epochs=200,
         defaults={"alpha": 0.01, "beta": 0.0003, "delta": 0.0015, "baseline": "step"},
     ),
 }  # fmt: skip
 
 
-def configure(env, horizon=None, bounds=None):
-    """`env` with another horizon, or another Φ: bounds [low, high] for each component of φ, one after the other.
+def make(name, names=None, bounds=None, horizon=None):
+    """The task family `name`, one of ENVS or a gymnasium id, with φ and Φ, and a horizon, of one's own.
 
-    Raises ValueError where the bounds are not one finite pair low <= high for each component.
+    names: attributes of the gymnasium environment that are φ; bounds: [low, high] for each, one after the other.
+    Raises ValueError, in one line with the remedy, for what is unknown or makes no sense.
     """
+    if name in ENVS:
+        if names is not None:
+            raise ValueError(f"--param {' '.join(names)}: {name} has its φ; leave --param out, or give a gymnasium id")
+        env = ENVS[name]
+    else:
+        env = gymnasium_env(name, names, horizon)
     if bounds is not None:
-        if len(bounds) != 2 * len(env.low):
-            raise ValueError(f"expected LOW HIGH for each of {len(env.low)} parameter(s): {', '.join(env.phi)}")
+        shown = f"--range {' '.join(f'{x:g}' for x in bounds)}"
+        if len(bounds) != 2 * len(env.phi):
+            raise ValueError(
+                f"{shown}: expected LOW HIGH for each of {len(env.phi)} parameter(s): {', '.join(env.phi)}"
+            )
         low, high = tuple(bounds[::2]), tuple(bounds[1::2])
         if not all(math.isfinite(x) for x in bounds) or any(a > b for a, b in zip(low, high, strict=True)):
-            raise ValueError("expected finite numbers, LOW first and not above HIGH")
+            raise ValueError(f"{shown}: expected finite numbers, LOW first and not above HIGH")
         env = replace(env, low=low, high=high)
+    elif not env.low:
+        raise ValueError(f"--env {name}: give the range of {', '.join(env.phi)}, e.g. --range 5 15")
+    if isinstance(env.dynamics, Gymnasium):
+        env.dynamics.check(env.low, env.high)
     return env if horizon is None else replace(env, horizon=horizon)
+
+
+def gymnasium_env(env_id, names, horizon):
+    """A task family from any gymnasium id with box observations and discrete or bounded box actions; Φ is to be set."""
+    if env_id not in gymnasium.registry and ":" not in env_id:  # module:id imports the module first
+        known = [*ENVS, *gymnasium.registry]
+        close = difflib.get_close_matches(env_id, known, 1, 0.5) or difflib.get_close_matches(env_id.lower(), ENVS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(ENVS)}, or a gymnasium id"
+        raise ValueError(f"--env {env_id}: unknown environment; {hint}")
+    try:
+        probe = gymnasium.make(env_id)
+    except Exception as error:  # whatever a constructor may raise: it is shown
+        raise ValueError(f"--env {env_id}: gymnasium cannot make it: {str(error).splitlines()[0]}") from error
+    numbers = [key for key, x in vars(probe.unwrapped).items() if isinstance(x, (int, float)) and key[0] != "_"]
+    if not names:
+        raise ValueError(f"--env {env_id}: say which attribute is φ with --param, one of: {', '.join(numbers)}")
+    for name in names:
+        if not hasattr(probe.unwrapped, name):
+            raise ValueError(f"--param {name}: {env_id} has no such attribute; its numbers are: {', '.join(numbers)}")
+    spaces = gymnasium.spaces
+    observation, action = probe.observation_space, probe.action_space
+    if not isinstance(observation, spaces.Box):
+        raise ValueError(f"--env {env_id}: observations are {observation}; expected a Box")
+    if isinstance(action, spaces.Discrete) and action.start == 0:
+        actions = int(action.n)
+    elif isinstance(action, spaces.Box) and action.is_bounded() and action.low.ndim == 1:
+        actions = (tuple(action.low.tolist()), tuple(action.high.tolist()))
+    else:
+        raise ValueError(f"--env {env_id}: actions are {action}; expected Discrete from 0, or a bounded Box vector")
+    horizon = horizon or probe.spec.max_episode_steps
+    if horizon is None:
+        raise ValueError(f"--env {env_id}: its episodes have no end; give --horizon, e.g. --horizon 200")
+    return Env(
+        phi=tuple(names), low=(), high=(), horizon=horizon, obs_dim=int(np.prod(observation.shape)), actions=actions,
+        reset_noise=1, dynamics=Gymnasium(env_id, tuple(names)), threshold=None, epochs=500, in_workers=True,
+    )  # fmt: skip
 
 
 # --- tasks ---
@@ -168,11 +321,11 @@ def held_out_tasks(env):
 
 
 def draw_noise(env, generators, num_tasks, num_trajectories):
-    """All randomness of one rollout: reset (S, M, K, D) uniform, action (S, M, K, H, A) Gumbel or normal."""
+    """All randomness of one rollout: reset (S, M, K, R) uniform, action (S, M, K, H, A) Gumbel or normal."""
     shape = (num_tasks, num_trajectories)
     reset, action = [], []
     for g in generators:
-        reset.append(torch.rand(*shape, env.obs_dim, generator=g))
+        reset.append(torch.rand(*shape, env.reset_noise, generator=g))
         draws = torch.empty(*shape, env.horizon, env.action_dim)
         action.append(draws.exponential_(generator=g) if isinstance(env.actions, int) else draws.normal_(generator=g))
     action = torch.stack(action)
@@ -188,9 +341,7 @@ def rollout(env, act, phi, noise):
     holds zeros where an episode had ended before.
     """
     lead = noise["reset"].shape[:3]  # (S, M, K)
-    phi = phi.flatten(0, 1).unsqueeze(1)  # (B, 1, P)
-    step = env.dynamics(phi)
-    state = env.reset(noise["reset"].flatten(0, 1))
+    state, step = env.dynamics(phi.flatten(0, 1).unsqueeze(1), noise["reset"].flatten(0, 1))
     alive = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
     if not isinstance(env.actions, int):
         low, high = (torch.tensor(bound, device=state.device, dtype=state.dtype) for bound in env.actions)
@@ -198,20 +349,102 @@ def rollout(env, act, phi, noise):
     for noise_t in noise["action"].flatten(0, 1).unbind(2):  # (B, K, A)
         action = act(state, noise_t)
         bounded = action if isinstance(env.actions, int) else low + (action.clamp(-1, 1) + 1) / 2 * (high - low)
-        next_state, reward, terminated = step(state, bounded)
-        steps.append((state, action, reward, alive))
-        state, alive = next_state, alive & ~terminated
+        next_state, reward, terminated, truncated = step(state, bounded)
+        steps.append((state, action, reward, alive, terminated))
+        state, alive = next_state, alive & ~(terminated | truncated)
         if state.is_cpu and not alive.any():  # on a GPU, asking would stall it at every step
             break
-    obs, actions, rewards, mask = (torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True))
+    obs, actions, rewards, mask, ends = (torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True))
     if not state.is_cpu:
         length = int(mask.sum(-1).max())
-        obs, actions, rewards, mask = (x[:, :, :, :length] for x in (obs, actions, rewards, mask))
+        obs, actions, rewards, mask, ends = (x[:, :, :, :length] for x in (obs, actions, rewards, mask, ends))
+    terminated = (ends & mask).any(-1)
+    padding = ~mask
     return {
-        "obs": obs.masked_fill(~mask.unsqueeze(-1), 0.0),
-        "actions": actions,
-        "rewards": rewards.masked_fill(~mask, 0.0),
+        "obs": obs.masked_fill(padding.unsqueeze(-1), 0.0),
+        "actions": actions.masked_fill(padding if isinstance(env.actions, int) else padding.unsqueeze(-1), 0),
+        "rewards": rewards.masked_fill(padding, 0.0),
         "mask": mask,
-        "last_obs": state.masked_fill(~alive.unsqueeze(-1), 0.0).unflatten(0, lead[:2]),
-        "terminated": ~alive.unflatten(0, lead[:2]),
+        "last_obs": state.unflatten(0, lead[:2]).masked_fill(terminated.unsqueeze(-1), 0.0),
+        "terminated": terminated,
     }
+
+
+# --- rollouts in worker processes ---
+
+
+class Shard(gymnasium.Env):
+    """What a worker process runs: whole rollouts of every count-th trajectory from the index-th on, policy included.
+
+    So a worker waits for nothing but its own environments. The policy sees all trajectories, those of other workers as
+    zeros, and thus multiplies matrices of one shape, with one rounding, however many workers there are.
+    """
+
+    observation_space = action_space = gymnasium.spaces.Discrete(1)  # AsyncVectorEnv asks for them; nothing uses them
+
+    def __init__(self, env, index, count):
+        self.env, self.index, self.count = env, index, count
+
+    def rollout(self, make_act, params, phi, noise):
+        """numpy arrays in, the batch of this worker's trajectories out: (n, ...), None, or what went wrong."""
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process: it finishes the epoch
+        try:
+            params, noise = ({key: torch.from_numpy(x) for key, x in d.items()} for d in (params, noise))
+            others = torch.arange(noise["reset"][..., 0].numel()) % self.count != self.index
+            if others.all():
+                return None
+            others = others.view(noise["reset"].shape[:3])
+            noise["reset"] = noise["reset"].masked_fill(others.unsqueeze(-1), math.nan)
+            batch = rollout(self.env, make_act(params), torch.from_numpy(phi), noise)
+            return {key: x[~others].numpy() for key, x in batch.items()}
+        except Exception as error:  # handed to the main process, which says it in one line
+            return f"{type(error).__name__}: {error}"
+
+
+class WorkerError(RuntimeError):
+    """A worker process died, or an environment in it failed."""
+
+
+class Workers:
+    """Rollouts in `count` processes, the same to the last bit for any count. Close it, or use it in a `with`."""
+
+    def __init__(self, env, count):
+        shards = [partial(Shard, env, index, count) for index in range(count)]
+        # spawn: on every system alike, and a worker whose main process dies notices it and ends
+        self.processes = gymnasium.vector.AsyncVectorEnv(shards, shared_memory=False, context="spawn")
+
+    def rollout(self, make_act, params, phi, noise):
+        """As `rollout` with act = make_act(params); make_act must be importable. Raises WorkerError."""
+        params, noise = ({key: x.detach().cpu().numpy() for key, x in d.items()} for d in (params, noise))
+        try:
+            parts = self.processes.call("rollout", make_act, params, phi.numpy(), noise)
+        except (EOFError, OSError) as error:
+            raise WorkerError(f"a sampling worker died ({type(error).__name__})") from error
+        for part in parts:
+            if isinstance(part, str):
+                raise WorkerError(f"the environment failed in a sampling worker: {part}")
+        parts = dict(enumerate(part for part in parts if part is not None))  # with few trajectories some have none
+        lead = noise["reset"].shape[:3]  # (S, M, K)
+        length = max(part["mask"].shape[1] for part in parts.values())
+        batch = {}
+        for key, x in parts[0].items():
+            in_time = key in ("obs", "actions", "rewards", "mask")
+            shape = (length, *x.shape[2:]) if in_time else x.shape[1:]
+            batch[key] = np.zeros((math.prod(lead), *shape), x.dtype)
+            for index, part in parts.items():
+                own = batch[key][index :: self.processes.num_envs]
+                (own[:, : part[key].shape[1]] if in_time else own)[...] = part[key]
+        return {key: torch.from_numpy(x).unflatten(0, lead) for key, x in batch.items()}
+
+    def close(self):
+        for process in self.processes.processes:
+            process.terminate()
+            process.join()
+        self.processes.closed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

@@ -79,7 +79,8 @@ def read_csv(path):
 
 def convergence(run):
     """Index of the first epoch whose smoothed return_post is over the environment's threshold, or None."""
-    over = np.flatnonzero(ema(run["log"]["return_post"]) > run["config"]["threshold"])
+    threshold = run["config"]["threshold"]
+    over = np.flatnonzero(ema(run["log"]["return_post"]) > (math.inf if threshold is None else threshold))
     return None if run["failed"] or not len(over) else int(over[0])
 
 
@@ -161,13 +162,14 @@ def table(labels):
 
 def text(labels):
     config = next(iter(labels.values()))[0]["config"]
+    threshold = "a threshold, here not given" if config["threshold"] is None else f"{config['threshold']:g}"
     return f"""# {config["env"]}, {config["rl"]}
 
 {table(labels)}
 
 Seconds: training time, evaluation excluded, as mean ± standard deviation over runs; runs trained in one batch share
 its time evenly. Convergence: the first epoch at which the mean return after adaptation, smoothed (EMA {EMA}), is above
-{config["threshold"]:g}; a run that never gets there counts as infinite ("never") and is not dropped. Final return:
+{threshold}; a run that never gets there counts as infinite ("never") and is not dropped. Final return:
 mean return after adaptation over the last tenth of the epochs. Held-out: mean return over the fixed grid of tasks at
 the last evaluation, before adaptation and after as many inner steps as in training (at most {config["eval_steps"]}).
 Convergence and returns are interquartile means over seeds with 95% bootstrap intervals. Speed-up: the undirected
@@ -208,9 +210,10 @@ def draw_curves(plt, labels, path):
         low, high = interval(curves)
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.plot(epochs, iqm(curves), markevery=max(length // 12, 1), **look)
-    axes.axhline(config["threshold"], color="0.5", linewidth=0.8, linestyle=":")
-    axes.annotate(f"convergence: {config['threshold']:g}", (0.995, config["threshold"]), (0, 2), color="0.35",
-                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    if (threshold := config["threshold"]) is not None:
+        axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
+        axes.annotate(f"convergence: {threshold:g}", (0.995, threshold), (0, 2), color="0.35", ha="right", fontsize=8,
+                      xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
     axes.set(
         title=f"{config['env']}, {config['rl']}: interquartile mean over seeds, 95% bootstrap interval",
         xlabel="epoch",

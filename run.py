@@ -8,20 +8,22 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import difflib
 import io
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium
 import numpy
@@ -87,7 +89,9 @@ def parse_args(argv):
 
     count, step_size = number(int, 1), number(float, 0, above=True)
     # fmt: off
-    add("--env", "cartpole", "task family: " + ", ".join(envs.ENVS), required=True)
+    add("--env", "cartpole", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param and --range",
+        required=True)
+    add("--param", "g", "attribute(s) of a gymnasium environment that are φ", nargs="+", metavar="NAME")
     add("--algo", "maml directed-maml", "one or several of " + ", ".join(ALGORITHMS),
         nargs="+", choices=ALGORITHMS, metavar="ALGO", required=True)
     add("--rl", "ac", "pg: policy gradient, ac: actor-critic", "pg", choices=policies.LOSSES)
@@ -100,8 +104,11 @@ def parse_args(argv):
     add("--gae-lambda", "1", "λ of --rl ac", 0.95, type=number(float, 0, 1))
     add("--tasks", "20", "M tasks an epoch", 5, type=count)
     add("--trajectories", "40", "K trajectories a task, before and after adaptation alike", 10, type=count)
-    add("--horizon", "100", "H steps an episode at most", shown="cartpole 200; point, velocity 20", type=count)
-    add("--epochs", "1000", "E", shown="cartpole 400; point, velocity 200", type=count)
+    add("--horizon", "100", "H steps an episode at most",
+        shown="cartpole 200; lunarlander 300; point, velocity 20; gymnasium's", type=count)
+    add("--epochs", "1000", "E", shown="cartpole 400; point, velocity 200; else 500", type=count)
+    add("--threshold", "175", "mean return from which a run counts as converged",
+        shown="cartpole 175; lunarlander 100; point -2; velocity -5", type=float)
     add("--inner-steps", "3", "gradient steps of an adaptation", shown="1; reptile 5", type=count)
     add("--hidden", "100 100", "widths of the tanh layers", [64, 64], "64 64", nargs="+", type=count)
     add("--medium", "sampled", "medium task: mean of Φ, mean of the sampled tasks, a random task each epoch, or a φ",
@@ -113,6 +120,8 @@ def parse_args(argv):
         shown="task; point, velocity step", choices=policies.BASELINES)
     add("--optimizer", "adam", "of the β-step", "sgd", choices=OPTIMIZERS)
     add("--device", "cpu", "auto: cuda where there is one", "auto", choices=["auto", "cpu", "cuda"])
+    add("--workers", "4", "processes that step gymnasium environments; 0: this one", shown="the number of cores",
+        type=number(int, 0))
     add("--threads", "4", "CPU threads; more than one pays only in large sweeps", 1, type=count)
     add("--eval-every", "10", "epochs between evaluations", 50, type=count)
     add("--eval-steps", "1", "evaluate after 0, 1, .. this many inner steps", 3, type=count)
@@ -132,16 +141,12 @@ REPTILE = {"beta": 1.0, "inner_steps": 5}
 
 
 def resolve_env(args):
-    """The task family with --horizon and --range applied."""
-    if args.env not in envs.ENVS:
-        close = difflib.get_close_matches(args.env, envs.ENVS, 1)
-        hint = f"did you mean {close[0]}?" if close else "choose from " + ", ".join(envs.ENVS)
-        fail(f"--env {args.env}: unknown environment; {hint}", 2)
-    env = envs.ENVS[args.env]
+    """The task family with --param, --range, --horizon and --threshold applied."""
     try:
-        return envs.configure(env, horizon=args.horizon, bounds=args.range)
+        env = envs.make(args.env, args.param, args.range, args.horizon)
     except ValueError as error:
-        fail(f"--range {' '.join(f'{x:g}' for x in args.range)}: {error}", 2)
+        fail(error, 2)
+    return env if args.threshold is None else replace(env, threshold=args.threshold)
 
 
 def resolve_medium(args, env):
@@ -166,6 +171,11 @@ def resolve_device(args):
     if args.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return args.device
+
+
+def root(args):
+    """The folder of all runs on one environment; ids such as module:Name/Env-v0 stay one folder deep."""
+    return args.out / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', args.env)}-{args.rl}"
 
 
 def resolve_runs(args, algo, env):
@@ -273,10 +283,10 @@ class Batch:
         return [settings["seed"] for settings in self.settings]
 
 
-def new_state(settings, env, head):
+def new_state(settings, problem):
     """Where a run begins: the same θ for every algorithm with the same seed."""
     start = envs.generators([settings["seed"]], INIT)
-    theta = policies.init(env.obs_dim, head, start, settings["hidden"], critic=settings["rl"] == "ac")
+    theta = policies.init(problem.env.obs_dim, problem.head, start, settings["hidden"], critic=settings["rl"] == "ac")
     meta_sgd = settings["algo"].endswith("meta-sgd")
     return {
         "format": CHECKPOINT_FORMAT,
@@ -337,44 +347,52 @@ def split(batch):
 # --- training ---
 
 
+class Problem(NamedTuple):
+    """What is learned on: the task family, its action distribution, and sample(params, phi, noise) -> trajectories."""
+
+    env: envs.Env
+    head: policies.Categorical | policies.Gaussian
+    sample: Callable
+
+
 class TaskLoss:
     """task_loss(params) -> (S, M): K fresh trajectories of each task φ (S, M, P) under params, and the loss on them.
 
     Keeps every call's mean undiscounted returns (S, M), and sums up env steps (S,) and the seconds of sampling.
     """
 
-    def __init__(self, env, head, settings, phi, generators):
-        self.env, self.head, self.phi, self.generators = env, head, phi, generators
+    def __init__(self, problem, settings, phi, generators):
+        self.problem, self.phi, self.generators = problem, phi, generators
         self.num_trajectories = settings["trajectories"]
         options = {key: settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
-        self.loss = partial(policies.LOSSES[settings["rl"]], head=head, **options)
+        self.loss = partial(policies.LOSSES[settings["rl"]], head=problem.head, **options)
         self.returns, self.env_steps, self.seconds = [], 0, 0.0
 
     def __call__(self, params):
         start = time.perf_counter()
         device = next(iter(params.values())).device
-        noise = envs.draw_noise(self.env, self.generators, self.phi.shape[1], self.num_trajectories)
+        noise = envs.draw_noise(self.problem.env, self.generators, self.phi.shape[1], self.num_trajectories)
         noise = {key: x.to(device) for key, x in noise.items()}
-        batch = envs.rollout(self.env, policies.actor(params, self.head), self.phi.to(device), noise)
+        batch = self.problem.sample(params, self.phi.to(device), noise)
         self.returns.append(batch["rewards"].sum(3).mean(2))
         self.env_steps = self.env_steps + batch["mask"].sum((1, 2, 3)).cpu()
         self.seconds += time.perf_counter() - start
         return self.loss(params, batch)
 
 
-def train_epoch(batch, env, head):
+def train_epoch(batch, problem):
     """One epoch of Algorithm 1 for all runs of the batch; returns their rows for log.csv."""
     start = time.perf_counter()
     settings = batch.settings[0]
     tasks_rng, medium_rng = (envs.generators(batch.seeds, stream, batch.epoch) for stream in (TASKS, MEDIUM))
-    phi = envs.sample_tasks(env, tasks_rng, settings["tasks"])  # (S, M, P)
-    task_loss = TaskLoss(env, head, settings, phi, tasks_rng)
+    phi = envs.sample_tasks(problem.env, tasks_rng, settings["tasks"])  # (S, M, P)
+    task_loss = TaskLoss(problem, settings, phi, tasks_rng)
     samplers = [task_loss]
     base = settings["algo"].removeprefix("directed-")
     meta_learner = partial(maml.META_LEARNERS[base], inner_steps=settings["inner_steps"])
     if base != settings["algo"]:
-        phi_med = envs.medium_task(env, settings["medium"], phi, medium_rng)  # (S, 1, P)
-        medium_loss = TaskLoss(env, head, settings, phi_med, medium_rng)
+        phi_med = envs.medium_task(problem.env, settings["medium"], phi, medium_rng)  # (S, 1, P)
+        medium_loss = TaskLoss(problem, settings, phi_med, medium_rng)
         samplers.append(medium_loss)
         deltas = torch.tensor([s["delta"] for s in batch.settings], dtype=torch.float64)
         directed.directed(meta_learner, deltas)(batch.theta, medium_loss, task_loss, batch.alpha, settings["tasks"])
@@ -397,12 +415,12 @@ def train_epoch(batch, env, head):
     return rows
 
 
-def evaluate(batch, env, head):
+def evaluate(batch, problem):
     """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps; each run's rows for eval.csv."""
     settings = batch.settings[0]
-    grid = envs.held_out_tasks(env)
+    grid = envs.held_out_tasks(problem.env)
     rng = envs.generators(batch.seeds, EVALUATION, batch.epoch)
-    task_loss = TaskLoss(env, head, settings, grid.expand(len(batch.seeds), *grid.shape), rng)
+    task_loss = TaskLoss(problem, settings, grid.expand(len(batch.seeds), *grid.shape), rng)
     theta = maml.expand(batch.theta, len(grid))
     adapted = maml.adapt(theta, task_loss, batch.alpha, settings["eval_steps"], second_order=False)
     task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
@@ -436,7 +454,7 @@ def fail_run(batch, run):
     return line
 
 
-def train(batch, env, head, epochs, eval_every, quiet, stop):
+def train(batch, problem, epochs, eval_every, quiet, stop):
     """Train a batch to `epochs`; returns a line for each run that failed. Stops early where `stop()` says so."""
     failures = []
     saved = time.perf_counter()
@@ -445,7 +463,7 @@ def train(batch, env, head, epochs, eval_every, quiet, stop):
     bar = tqdm(total=epochs, initial=batch.epoch, desc=name, unit="epoch", disable=True if quiet else None)
     with bar:
         while batch.epoch < epochs:
-            rows = train_epoch(batch, env, head)
+            rows = train_epoch(batch, problem)
             for folder, row in zip(batch.folders, rows, strict=True):
                 append_rows(folder / "log.csv", [row])
             finite = finite_runs(batch)
@@ -460,7 +478,7 @@ def train(batch, env, head, epochs, eval_every, quiet, stop):
             bar.update()
             stopping = stop()
             if batch.epoch % eval_every == 0 or batch.epoch == epochs:
-                for folder, rows in zip(batch.folders, evaluate(batch, env, head), strict=True):
+                for folder, rows in zip(batch.folders, evaluate(batch, problem), strict=True):
                     append_rows(folder / "eval.csv", rows)
             if stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 for folder, state in zip(batch.folders, split(batch), strict=True):
@@ -526,7 +544,6 @@ def main(argv=None):
         fail(f"--algo {' '.join(args.algo)}: an algorithm stands twice; name each once", 2)
     env, device = resolve_env(args), resolve_device(args)
     epochs = args.epochs or env.epochs
-    head = policies.Categorical(env.actions) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
     plans = [resolve_runs(args, algo, env) for algo in args.algo]
     states = {folder: open_run(folder, s, args) for runs in plans for folder, s in runs.items()}  # before any writing
 
@@ -541,25 +558,28 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     failures = []
     try:
-        for runs in plans:
-            by_epoch = {}  # runs at the same epoch share a batch
-            for folder, settings in runs.items():
-                state = states[folder]
-                by_epoch.setdefault(state["epoch"] if state else 0, []).append((folder, settings, state))
-            for group in by_epoch.values():
-                if signals:
-                    break
-                extra = {"device": device, "runs_in_batch": len(group)}
-                for folder, settings, state in group:
-                    begin(folder, settings, state, args, env, extra)
-                group_states = [state or new_state(settings, env, head) for _, settings, state in group]
-                batch = stack(group_states, [folder for folder, _, _ in group], device)
-                failures += train(batch, env, head, epochs, args.eval_every, args.quiet, lambda: bool(signals))
+        with open_problem(args, env) as problem:
+            for runs in plans:
+                by_epoch = {}  # runs at the same epoch share a batch
+                for folder, settings in runs.items():
+                    state = states[folder]
+                    by_epoch.setdefault(state["epoch"] if state else 0, []).append((folder, settings, state))
+                for group in by_epoch.values():
+                    if signals:
+                        break
+                    extra = {"device": device, "runs_in_batch": len(group)}
+                    for folder, settings, state in group:
+                        begin(folder, settings, state, args, env, extra)
+                    group_states = [state or new_state(settings, problem) for _, settings, state in group]
+                    batch = stack(group_states, [folder for folder, _, _ in group], device)
+                    failures += train(batch, problem, epochs, args.eval_every, args.quiet, lambda: bool(signals))
+    except envs.WorkerError as error:
+        fail(f"{error}; go on from the last checkpoint with --resume")
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     say = (lambda line: None) if args.quiet else print
-    for line in report.write(args.out / f"{args.env}-{args.rl}"):
+    for line in report.write(root(args)):
         say(line)
     if signals:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
@@ -568,6 +588,19 @@ def main(argv=None):
         print(f"run.py: {line}", file=sys.stderr)
     if failures:
         fail(failures[-1])
+
+
+@contextlib.contextmanager
+def open_problem(args, env):
+    """The problem, with its worker processes for as long as it is open."""
+    head = policies.Categorical(env.actions) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
+    make_act = partial(policies.actor, head=head)
+    count = (os.cpu_count() if args.workers is None else args.workers) if env.in_workers else 0
+    if count == 0:
+        yield Problem(env, head, lambda params, phi, noise: envs.rollout(env, make_act(params), phi, noise))
+    else:
+        with envs.Workers(env, count) as workers:
+            yield Problem(env, head, partial(workers.rollout, make_act))
 
 
 def keep_memory():

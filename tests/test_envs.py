@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import envs
-from envs import ENVS, configure, draw_noise, generators, held_out_tasks, medium_task, rollout, sample_tasks
+from envs import ENVS, draw_noise, generators, held_out_tasks, make, medium_task, rollout, sample_tasks
 
 CARTPOLE = ENVS["cartpole"]
+TORCH_ENVS = [name for name, env in ENVS.items() if not env.in_workers]
 
 
 # --- cartpole is gymnasium's ---
@@ -38,10 +39,10 @@ def test_cartpole_steps_to_gymnasiums_next_state_and_termination(gravity):
     state, action, next_state, terminated = gymnasium_transitions(gravity)
     assert 0 < terminated.mean() < 1
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        step = envs.cartpole(torch.full((1, 1, 1), gravity, dtype=dtype))
-        got, reward, ended = step(torch.tensor(state, dtype=dtype)[None], torch.tensor(action)[None])
+        _, step = envs.cartpole(torch.full((1, 1, 1), gravity, dtype=dtype), torch.zeros(1, len(state), 4, dtype=dtype))
+        got, reward, ended, truncated = step(torch.tensor(state, dtype=dtype)[None], torch.tensor(action)[None])
         np.testing.assert_allclose(got[0].double().numpy(), next_state, rtol=tolerance, atol=tolerance)
-        assert (reward == 1).all()
+        assert (reward == 1).all() and not truncated.any()
         clear = (np.abs(np.abs(next_state[:, [0, 2]]) - [2.4, 12 * 2 * math.pi / 360]) > tolerance).all(1)
         assert clear.mean() > 0.99 and (ended[0].numpy() == terminated)[clear].all()
 
@@ -77,7 +78,8 @@ def test_a_cartpole_rollout_is_gymnasiums_episode_reward_for_reward():
 def test_initial_states_are_distributed_as_gymnasiums():
     env = gymnasium.make("CartPole-v1").unwrapped
     theirs = np.stack([env.reset(seed=seed)[0] for seed in range(2000)])
-    ours = CARTPOLE.reset(draw_noise(CARTPOLE, generators([0], 0), 1, 2000)["reset"])[0, 0].numpy()
+    noise = draw_noise(CARTPOLE, generators([0], 0), 1, 2000)["reset"][0]
+    ours = envs.cartpole(torch.ones(1, 1, 1), noise)[0][0].numpy()
     assert ours.min() >= -0.05 and ours.max() <= 0.05
     grid = np.linspace(-0.05, 0.05, 21)
     for d in range(4):  # Kolmogorov and Smirnov's distance, at 0.1% significance
@@ -93,7 +95,7 @@ def test_horizon_is_capped_at_200():
 
 
 def test_point_moves_by_the_clipped_action_and_pays_the_squared_distance():
-    env = configure(ENVS["point"], horizon=3)
+    env = make("point", horizon=3)
     noise = draw_noise(env, generators([0], 0), 1, 1)
     goal = torch.tensor([[[0.3, -0.2]]])
     batch = rollout(env, lambda obs, noise: torch.tensor([[[0.5, -7.0]]]), goal, noise)  # (0.05, −0.1) after clipping
@@ -106,11 +108,11 @@ def test_point_moves_by_the_clipped_action_and_pays_the_squared_distance():
 
 
 def test_velocity_changes_by_the_action_and_pays_the_squared_error():
-    env = configure(ENVS["velocity"], horizon=2)
+    env = make("velocity", horizon=2)
     noise = draw_noise(env, generators([0], 0), 1, 1)
     batch = rollout(env, lambda obs, noise: torch.ones(1, 1, 1), torch.tensor([[[2.0]]]), noise)
-    torch.testing.assert_close(batch["obs"][0, 0, 0, :, 0], torch.tensor([0.0, 0.2]))
-    torch.testing.assert_close(batch["rewards"][0, 0, 0], torch.tensor([-(1.8**2), -(1.6**2)]))
+    torch.testing.assert_close(batch["obs"][0, 0, 0, :, 0], torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(batch["rewards"][0, 0, 0], torch.tensor([-(1.5**2), -1.0]))
 
 
 # --- rollouts ---
@@ -132,7 +134,7 @@ def test_after_the_end_observations_rewards_and_mask_are_zero_and_common_padding
     assert batch["terminated"].all()
 
 
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", TORCH_ENVS)
 def test_a_rollout_is_a_pure_function_of_policy_phi_and_noise(name):
     env = ENVS[name]
     noise = draw_noise(env, generators([0, 1], 0), 3, 4)
@@ -190,7 +192,7 @@ def test_action_noise_is_gumbel_for_discrete_and_normal_for_box_actions():
 # --- tasks ---
 
 
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", TORCH_ENVS)
 def test_tasks_are_uniform_over_phi(name):
     env = ENVS[name]
     phi = sample_tasks(env, generators([0], 0), 20_000)[0]
@@ -219,5 +221,170 @@ def test_held_out_grids_cover_phi():
 
 @pytest.mark.parametrize("bounds", [[15, 5], [5], [5, 15, 1, 2], [math.nan, 5], [5, math.inf]])
 def test_bounds_that_make_no_sense_are_refused(bounds):
-    with pytest.raises(ValueError, match="LOW HIGH|LOW first"):
-        configure(CARTPOLE, bounds=bounds)
+    with pytest.raises(ValueError, match="--range .*(LOW HIGH|LOW first)"):
+        make("cartpole", bounds=bounds)
+
+
+# --- gymnasium's environments ---
+
+
+def plain_loop(env_id, attribute, value, seed, actions):
+    """One episode by hand: gymnasium's own environment, and nothing around it."""
+    env = gymnasium.make(env_id)
+    setattr(env.unwrapped, attribute, value)
+    obs, rewards = [env.reset(seed=seed)[0]], []
+    for action in actions:
+        first, reward, terminated, truncated, _ = env.step(action)
+        obs.append(first)
+        rewards.append(reward)
+        if terminated or truncated:
+            break
+    return np.array(obs, np.float32), np.array(rewards, np.float32), terminated, truncated
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "env_id", "attribute", "sign", "values"),
+    [
+        ("lunarlander", {}, "LunarLander-v3", "gravity", -1, [5.0, 7.5, 10.0, 12.5, 15.0]),
+        ("Pendulum-v1", {"names": ["g"], "bounds": [5, 15]}, "Pendulum-v1", "g", 1, [5.0, 15.0]),
+        ("CartPole-v1", {"names": ["gravity"], "bounds": [5, 15]}, "CartPole-v1", "gravity", 1, [5.0, 15.0]),
+    ],
+)
+def test_a_rollout_is_a_plain_loop_over_gymnasium(name, options, env_id, attribute, sign, values):
+    env = make(name, horizon=250, **options)
+    noise = draw_noise(env, generators([3], 0), len(values), 2)
+
+    def act(obs, noise):
+        return noise.argmax(-1) if isinstance(env.actions, int) else noise
+
+    batch = rollout(env, act, torch.tensor(values)[None, :, None], noise)
+    seen = set()
+    for i, value in enumerate(values):
+        for k in range(2):
+            actions = batch["actions"][0, i, k].numpy()
+            if not isinstance(env.actions, int):
+                low, high = np.array(env.actions, np.float32)
+                actions = low + (actions.clip(-1, 1) + 1) / 2 * (high - low)
+            seed = int(noise["reset"][0, i, k, 0].item() * 2**24)
+            length = int(batch["mask"][0, i, k].sum())
+            obs, rewards, terminated, truncated = plain_loop(env_id, attribute, sign * value, seed, actions[:length])
+            assert len(rewards) == length and (length == 250 or terminated or truncated)
+            np.testing.assert_array_equal(batch["obs"][0, i, k, :length].numpy(), obs[:-1])
+            np.testing.assert_array_equal(batch["rewards"][0, i, k, :length].numpy(), rewards)
+            assert terminated == batch["terminated"][0, i, k]
+            if not terminated:  # truncated, or the horizon: the critic is asked what the last observation is worth
+                np.testing.assert_array_equal(batch["last_obs"][0, i, k].numpy(), obs[-1])
+            seen.add((terminated, truncated))
+    assert (False, True) in seen if name == "Pendulum-v1" else (True, False) in seen  # Pendulum ends after 200 steps
+
+
+def constant_policy(params):
+    """Every action by noise alone; importable, as worker processes need it."""
+    return random_actions
+
+
+def random_actions(obs, noise):
+    return (noise + 0.1 * obs[..., :1]).argmax(-1)
+
+
+@pytest.fixture(scope="module")
+def lander_batches():
+    """One LunarLander rollout in this process, and in 1, 2 and 5 workers."""
+    env = make("lunarlander", horizon=120)
+    noise = draw_noise(env, generators([0, 1], 0), 3, 3)
+    phi = sample_tasks(env, generators([0, 1], 1), 3)
+    batches = {0: rollout(env, random_actions, phi, noise)}
+    for count in (1, 2, 5):
+        with envs.Workers(env, count) as workers:
+            batches[count] = workers.rollout(constant_policy, {}, phi, noise)
+    return batches
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_workers_change_no_bit(lander_batches, count):
+    for key, x in lander_batches[0].items():
+        assert torch.equal(x, lander_batches[count][key]), key
+
+
+def test_more_workers_than_trajectories():
+    env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
+    noise = draw_noise(env, generators([0], 0), 1, 1)
+    phi = sample_tasks(env, generators([0], 1), 1)
+    with envs.Workers(env, 2) as workers:
+        batch = workers.rollout(gaussian_policy, {}, phi, noise)
+    expected = rollout(env, gaussian_policy({}), phi, noise)
+    assert all(torch.equal(x, batch[key]) for key, x in expected.items())
+
+
+def gaussian_policy(params):
+    return lambda obs, noise: noise
+
+
+def failing_policy(params):
+    raise FloatingPointError("no such luck")
+
+
+def test_what_fails_in_a_worker_is_said_here_and_a_dead_one_is_noticed():
+    env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
+    noise, phi = draw_noise(env, generators([0], 0), 1, 2), sample_tasks(env, generators([0], 1), 1)
+    with envs.Workers(env, 2) as workers:
+        with pytest.raises(envs.WorkerError, match="FloatingPointError: no such luck"):
+            workers.rollout(failing_policy, {}, phi, noise)
+        workers.rollout(gaussian_policy, {}, phi, noise)  # it goes on
+        workers.processes.processes[1].kill()
+        with pytest.raises(envs.WorkerError, match="a sampling worker died"):
+            for _ in range(2):
+                workers.rollout(gaussian_policy, {}, phi, noise)
+        left = workers.processes.processes
+    assert not any(process.is_alive() for process in left)
+
+
+def test_gravity_beyond_what_the_constructor_asserts_works_and_matters():
+    with pytest.raises(AssertionError):
+        gymnasium.make("LunarLander-v3", gravity=-15.0)
+    env = make("lunarlander", horizon=30)
+    noise = draw_noise(env, generators([0], 0), 1, 1)
+    noise = {key: x.expand(-1, 3, *x.shape[2:]) for key, x in noise.items()}
+    batch = rollout(
+        env, lambda obs, noise: torch.zeros(3, 1, dtype=torch.long), torch.tensor([[[5.0], [10.0], [15.0]]]), noise
+    )
+    falling = batch["obs"][0, :, 0, 20, 3]
+    assert falling[0] > falling[1] > falling[2]  # vertical speed after 20 steps of free fall
+
+
+def test_several_parameters_are_a_vector_phi():
+    env = make("Pendulum-v1", names=["g", "l"], bounds=[5, 15, 0.5, 1.5])
+    assert env.low == (5, 0.5) and env.high == (15, 1.5) and env.horizon == 200
+    assert sample_tasks(env, generators([0], 0), 4).shape == (1, 4, 2) and len(held_out_tasks(env)) == 25
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("Pendulum-v1", {}, "say which attribute is φ with --param, one of: .*g"),
+        ("Pendulum-v1", {"names": ["g"]}, "give the range of g"),
+        (
+            "Pendulum-v1",
+            {"names": ["gravity"], "bounds": [5, 15]},
+            "--param gravity: Pendulum-v1 has no such attribute",
+        ),
+        ("Pendulum-v1", {"names": ["g", "l"], "bounds": [5, 15]}, "expected LOW HIGH for each of 2 parameter"),
+        (
+            "CartPole-v1",
+            {"names": ["total_mass", "screen_width"], "bounds": [1, 2, 500, 700]},
+            "screen_width = 500 and 700",
+        ),
+        ("CartPole-v1", {"names": ["masscart"], "bounds": [0.5, 2]}, "masscart = 0.5 and 2 give the same episode"),
+        (
+            "Taxi-v4",
+            {"names": ["fickle_probability"], "bounds": [0, 1]},
+            "observations are Discrete.*expected a Box|cannot make",
+        ),
+        ("LunarLanderr-v3", {}, "did you mean LunarLander-v3?"),
+        ("cartpole", {"names": ["gravity"]}, "cartpole has its φ"),
+    ],
+)
+def test_environments_that_cannot_be_used_are_refused_in_one_line(name, options, says):
+    with pytest.raises(ValueError, match=says) as error:
+        make(name, **options)
+    assert "\n" not in str(error.value)
