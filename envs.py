@@ -7,7 +7,9 @@ front (`draw_noise`), so a rollout is a pure function of the policy's parameters
 import difflib
 import itertools
 import math
+import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -139,13 +141,13 @@ class Gymnasium:
     are not stepped. Lanes whose noise is NaN do not exist. Keeps its instances for the next rollout.
     """
 
-    def __init__(self, env_id, names, scale=1.0):
-        self.env_id, self.names, self.scale, self.lanes = env_id, names, scale, []
+    def __init__(self, env_id, names, scale=1.0, **options):
+        self.env_id, self.names, self.scale, self.options, self.lanes = env_id, names, scale, options, []
 
     def reset(self, lane, phi, seed):
         """First observation (D,) of a new episode of a lane's instance."""
         while len(self.lanes) <= lane:
-            self.lanes.append(gymnasium.make(self.env_id, disable_env_checker=True))
+            self.lanes.append(gymnasium.make(self.env_id, disable_env_checker=True, **self.options))
         for name, value in zip(self.names, phi, strict=True):
             setattr(self.lanes[lane].unwrapped, name, self.scale * value)
         return self.lanes[lane].reset(seed=seed)[0].ravel()
@@ -368,6 +370,44 @@ def rollout(env, act, phi, noise):
         "last_obs": state.unflatten(0, lead[:2]).masked_fill(terminated.unsqueeze(-1), 0.0),
         "terminated": terminated,
     }
+
+
+def frames(name, env, phi, noise, episode):
+    """The episode (S = M = K = 1) as gymnasium renders it: list of (height, width, 3) arrays, None where it cannot.
+
+    Where there is a display, gymnasium shows it in its window first.
+    """
+    if name != "cartpole" and not isinstance(env.dynamics, Gymnasium):
+        return None
+    windows = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if not windows:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    length = int(episode["mask"].sum())
+    for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
+        pictures = []
+        if name == "cartpole":
+            shown = gymnasium.make("CartPole-v1", render_mode=mode).unwrapped
+            for state in episode["obs"].view(length, -1):
+                shown.state = state.numpy()
+                pictures.append(shown.render())
+        else:
+            shown = Gymnasium(env.dynamics.env_id, env.dynamics.names, env.dynamics.scale, render_mode=mode)
+            pictures = replay(replace(env, dynamics=shown), phi, noise, episode["actions"].flatten(0, 3))
+            shown = shown.lanes[0]
+        shown.close()
+    return pictures
+
+
+def replay(env, phi, noise, actions):
+    """A rollout of one trajectory with these actions, rendered before every step."""
+    pictures, actions = [], iter(actions)
+
+    def act(obs, noise):
+        pictures.append(env.dynamics.lanes[0].render())
+        return next(actions)[None, None]
+
+    rollout(replace(env, horizon=len(noise["action"][0, 0, 0])), act, phi, noise)
+    return pictures
 
 
 # --- rollouts in worker processes ---

@@ -278,6 +278,53 @@ def draw_adaptation(plt, labels, path):
     return True
 
 
+# --- one episode as an animation ---
+
+
+def animate(pictures, episode, env, phi, path):
+    """Write a GIF of the episode's pictures, or, where there are none, of its positions drawn in the plane."""
+    from PIL import Image
+
+    pictures = draw_positions(episode, env, phi) if pictures is None else pictures
+    images = [Image.fromarray(picture) for picture in pictures]
+    images = [image.resize((image.width // 2, image.height // 2)) for image in images]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
+
+
+def draw_positions(episode, env, phi):
+    """point: the path and its goal. crossing: the two vehicles on their roads. velocity: v against time."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    length = int(episode["mask"].sum())
+    obs = np.concatenate([episode["obs"].reshape(length, -1), episode["last_obs"].reshape(1, -1)])
+    pictures = []
+    for t in range(1, len(obs) + 1):
+        figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+        if env.obs_dim == 1:
+            axes.plot(obs[:t, 0], color="#0072B2", marker="o", markersize=3, label="velocity")
+            axes.axhline(phi.item(), color="#D55E00", linestyle="--", label="target")
+            axes.set(xlim=(0, length), xlabel="step", ylabel=env.phi[0])
+        elif len(env.phi) == 2:
+            axes.plot(*obs[:t].T, color="#0072B2", marker="o", markersize=3, label="path")
+            axes.plot(*phi.flatten(), "*", color="#D55E00", markersize=14, label="goal")
+            axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), xlabel="x (m)", ylabel="y (m)")
+        else:
+            x, y = obs[t - 1] * [50, -50]  # m, as envs.crossing has it
+            axes.axhspan(-2, 2, color="0.9")
+            axes.axvspan(-2, 2, color="0.9")
+            axes.plot(0, y, "^", color="#0072B2", markersize=14, label="vehicle 1, the policy's")
+            axes.plot(x, 0, ">", color="#D55E00", markersize=14, label=f"vehicle 2, {phi.item():g} m/s")
+            axes.set(xlim=(-50, 50), ylim=(-50, 50), xlabel="east (m)", ylabel="north (m)")
+        axes.legend(loc="upper right")
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+        plt.close(figure)
+    return pictures
+
+
 def write(root):
     """Rewrite report.md and the figures under root from all runs there; returns lines that say what was written."""
     root = Path(root)

@@ -39,7 +39,7 @@ import report
 ALGORITHMS = [*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS)]
 LOG_FIELDS = ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med"]
 EVAL_FIELDS = ["epoch", "phi", "step", "return"]
-INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the number streams of envs.generators
+INIT, TASKS, MEDIUM, EVALUATION, WATCH = range(5)  # the number streams of envs.generators
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 CHECKPOINT_FORMAT = 1
 
@@ -89,11 +89,10 @@ def parse_args(argv):
 
     count, step_size = number(int, 1), number(float, 0, above=True)
     # fmt: off
-    add("--env", "cartpole", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param and --range",
-        required=True)
+    add("--env", "cartpole", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param and --range")
     add("--param", "g", "attribute(s) of a gymnasium environment that are φ", nargs="+", metavar="NAME")
     add("--algo", "maml directed-maml", "one or several of " + ", ".join(ALGORITHMS),
-        nargs="+", choices=ALGORITHMS, metavar="ALGO", required=True)
+        nargs="+", choices=ALGORITHMS, metavar="ALGO")
     add("--rl", "ac", "pg: policy gradient, ac: actor-critic", "pg", choices=policies.LOSSES)
     add("--seed", "1 2 3 4 5", "one or several, all trained at once", [1], "1", nargs="+", type=number(int, 0))
     add("--delta", "0 0.001 0.005", "δ of directed-*, one or several, all trained at once",
@@ -126,12 +125,18 @@ def parse_args(argv):
     add("--eval-every", "10", "epochs between evaluations", 50, type=count)
     add("--eval-steps", "1", "evaluate after 0, 1, .. this many inner steps", 3, type=count)
     add("--out", "/tmp/runs", "folder of all runs", Path("runs"), type=Path)
+    add("--watch", "runs/cartpole-pg/maml/seed1 --phi 12", "show one episode of that run's policy, adapted to a task",
+        type=Path, metavar="RUN")
+    add("--phi", "12", "the task to watch", shown="the mean task", nargs="+", type=float)
     # fmt: on
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with runs that exist, e.g. with more --epochs")
     existing.add_argument("--overwrite", action="store_true", help="start runs that exist anew")
     parser.add_argument("--quiet", action="store_true", help="no progress, only errors")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.watch is None and (args.env is None or args.algo is None):
+        parser.error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
+    return args
 
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -188,7 +193,7 @@ def resolve_runs(args, algo, env):
         if len(set(values)) < len(values):
             fail(f"{flag} {' '.join(map(str, values))}: a value stands twice; name each once", 2)
     common = {
-        "env": args.env, "algo": algo, "rl": args.rl, **(defaults | given), "gamma": args.gamma,
+        "env": args.env, "param": args.param, "algo": algo, "rl": args.rl, **(defaults | given), "gamma": args.gamma,
         "gae_lambda": args.gae_lambda, "tasks": args.tasks, "trajectories": args.trajectories, "horizon": env.horizon,
         "low": list(env.low), "high": list(env.high), "hidden": args.hidden, "medium": resolve_medium(args, env),
         "estimator": args.estimator, "optimizer": args.optimizer, "eval_steps": args.eval_steps,
@@ -236,8 +241,9 @@ def save(folder, state):
     write_atomically(folder / "checkpoint.pt", data.getvalue())
 
 
-def load(folder, settings):
-    """The run's checkpoint, or None where it has not got one yet. Loading never runs code: weights_only=True."""
+def load(folder, settings=None):
+    """The run's checkpoint, or None where it has not got one yet; it must agree with `settings` where they are given.
+    Loading never runs code: weights_only=True."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
@@ -249,7 +255,7 @@ def load(folder, settings):
     known = isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT
     if not known or not isinstance(state.get("settings"), dict):
         fail(f"{path}: not a checkpoint of this program, or of another version; start anew with --overwrite")
-    for key, value in settings.items():
+    for key, value in (settings or {}).items():
         if state["settings"].get(key) != value:
             flag = "--" + {"low": "range", "high": "range"}.get(key, key).replace("_", "-")
             fail(
@@ -538,8 +544,38 @@ def begin(folder, settings, state, args, env, extra):
     trim_rows(folder / "eval.csv", EVAL_FIELDS, lambda row: row <= epoch and row % args.eval_every == 0)
 
 
+def watch(folder, phi):
+    """One episode of a run's policy, adapted to φ: an animation in its folder, and a window where there is one."""
+    state = load(folder)
+    if state is None:
+        fail(f"--watch {folder}: there is no checkpoint.pt; name the folder of one run", 2)
+    settings = state["settings"]
+    names = None if settings["env"] in envs.ENVS else settings["param"]
+    bounds = [x for pair in zip(settings["low"], settings["high"], strict=True) for x in pair]
+    env = envs.make(settings["env"], names, bounds, settings["horizon"])
+    phi = envs.medium_task(env, "mean", torch.empty(1), None) if phi is None else torch.tensor([[phi]])
+    if phi.shape[-1] != len(env.phi):
+        fail(f"--phi: expected {len(env.phi)} number(s): {', '.join(env.phi)}", 2)
+    rng = envs.generators([settings["seed"]], WATCH)
+    batch = stack([state], [folder], "cpu")
+    with open_problem(env, 0) as problem:
+        task_loss = TaskLoss(problem, settings, phi, rng)
+        theta = maml.adapt(batch.theta, task_loss, batch.alpha, settings["inner_steps"], second_order=False)
+        noise = envs.draw_noise(env, rng, 1, 1)
+        episode = problem.sample(theta, phi, noise)
+    path = folder / f"watch-{'_'.join(f'{x:g}' for x in phi.flatten().tolist())}.gif"
+    try:
+        report.animate(envs.frames(settings["env"], env, phi, noise, episode), episode, env, phi, path)
+    except ImportError as error:
+        fail(f"--watch: {error}; animations need matplotlib: pip install matplotlib")
+    length, total = int(episode["mask"].sum()), float(episode["rewards"].sum())
+    print(f"{length} steps, return {total:.4g} after {settings['inner_steps']} inner step(s); wrote {path}")
+
+
 def main(argv=None):
     args = parse_args(argv)
+    if args.watch is not None:
+        return watch(args.watch, args.phi)
     if len(set(args.algo)) < len(args.algo):
         fail(f"--algo {' '.join(args.algo)}: an algorithm stands twice; name each once", 2)
     env, device = resolve_env(args), resolve_device(args)
@@ -558,7 +594,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     failures = []
     try:
-        with open_problem(args, env) as problem:
+        with open_problem(env, os.cpu_count() if args.workers is None else args.workers) as problem:
             for runs in plans:
                 by_epoch = {}  # runs at the same epoch share a batch
                 for folder, settings in runs.items():
@@ -591,16 +627,15 @@ def main(argv=None):
 
 
 @contextlib.contextmanager
-def open_problem(args, env):
+def open_problem(env, workers):
     """The problem, with its worker processes for as long as it is open."""
     head = policies.Categorical(env.actions) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
     make_act = partial(policies.actor, head=head)
-    count = (os.cpu_count() if args.workers is None else args.workers) if env.in_workers else 0
-    if count == 0:
+    if workers == 0 or not env.in_workers:
         yield Problem(env, head, lambda params, phi, noise: envs.rollout(env, make_act(params), phi, noise))
     else:
-        with envs.Workers(env, count) as workers:
-            yield Problem(env, head, partial(workers.rollout, make_act))
+        with envs.Workers(env, workers) as processes:
+            yield Problem(env, head, partial(processes.rollout, make_act))
 
 
 def keep_memory():

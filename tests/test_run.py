@@ -193,6 +193,76 @@ def test_a_signal_finishes_the_epoch_saves_and_says_how_to_go_on(tmp_path, signu
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == epochs
 
 
+# --- gymnasium's environments ---
+
+PENDULUM = ["--param", "g", "--range", "5", "15"]
+
+
+def test_a_gymnasium_environment_resumes_exactly_and_does_not_depend_on_the_workers(tmp_path):
+    for name, workers in (("once", 0), ("twice", 2)):
+        for epochs, resume in ((4, []),) if name == "once" else ((2, []), (4, ["--resume"])):
+            words = [*PENDULUM, "--workers", workers, *resume]
+            go(tmp_path / name, *words, env="Pendulum-v1", algo="directed-maml", epochs=epochs)
+    for name in ("log.csv", "eval.csv"):
+        once, twice = (
+            rows(tmp_path / x / "Pendulum-v1-pg/directed-maml/delta0.005/seed1" / name) for x in ("once", "twice")
+        )
+        assert once == twice and len(once) > 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_killed_worker_ends_the_run_in_one_line_with_the_checkpoint_intact_and_no_orphans(tmp_path):
+    words = ["--env", "Pendulum-v1", "--algo", "fomaml", *PENDULUM, "--workers", "2", "--out", str(tmp_path), *SMALL]
+    folder = tmp_path / "Pendulum-v1-pg/fomaml/seed1"
+    subprocess.run([sys.executable, "run.py", *words, "--epochs", "2"], cwd=REPOSITORY, check=True)
+    saved = (folder / "checkpoint.pt").read_bytes()
+    words += ["--epochs", "100000", "--resume"]
+    process = subprocess.Popen([sys.executable, "run.py", *words], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and len(rows(folder / "log.csv")) < 5:
+        time.sleep(0.05)
+    children = [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if process.pid == parent_of(p)]
+    workers = [p for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert error.startswith("run.py: a sampling worker died") and error.count("\n") == 1 and "--resume" in error
+    assert (folder / "checkpoint.pt").read_bytes() == saved
+    assert not any(
+        parent_of(p) == process.pid or p in workers for p in map(int, filter(str.isdigit, os.listdir("/proc")))
+    )
+
+
+def parent_of(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def test_the_mean_task_is_watched_after_adaptation(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    for env, words, phi, name in (
+        ("cartpole", [], ["12"], "watch-12.gif"),
+        ("crossing", [], [], "watch-10.gif"),
+        ("point", [], ["0.1", "-0.2"], "watch-0.1_-0.2.gif"),
+        ("Pendulum-v1", PENDULUM, [], "watch-10.gif"),
+    ):
+        go(tmp_path, *words, "--workers", 0, env=env, epochs=1)
+        folder = tmp_path / f"{env}-pg/fomaml/seed1"
+        run.main(["--watch", str(folder), *(["--phi", *phi] if phi else [])])
+        assert str(folder / name) in capsys.readouterr().out
+        with image.open(folder / name) as animation:
+            assert animation.n_frames > 3
+
+
+def test_watching_what_is_not_there_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--watch", str(tmp_path)])
+    assert stop.value.code == 2 and "there is no checkpoint.pt" in capsys.readouterr().err
+
+
 # --- what is wrong ends in one line, and harms nothing ---
 
 
