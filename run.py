@@ -99,6 +99,7 @@ def parse_args(argv):
         shown="0.005; point, velocity 0.0015", nargs="+", type=number(float, 0))
     add("--alpha", "0.01", "inner step size α", shown="0.001; point 0.03, velocity 0.01", type=step_size)
     add("--beta", "0.02", "outer step size β", shown="0.001; point, velocity 0.0003; reptile's ε 1", type=step_size)
+    add("--beta-alpha", "0.001", "outer step size of Meta-SGD's α", shown="α times β", type=step_size)
     add("--gamma", "1", "discount γ", 0.99, type=number(float, 0, 1, above=True))
     add("--gae-lambda", "1", "λ of --rl ac", 0.95, type=number(float, 0, 1))
     add("--tasks", "20", "M tasks an epoch", 5, type=count)
@@ -188,21 +189,20 @@ def resolve_runs(args, algo, env):
     base = algo.removeprefix("directed-")
     defaults = TABLE_I | env.defaults | (REPTILE if base == "reptile" else {})
     given = {key: value for key in defaults if (value := getattr(args, key)) is not None}
-    deltas = (given.get("delta") or [defaults["delta"]]) if algo != base else [None]
+    plain = "env param rl gamma gae_lambda tasks trajectories hidden estimator optimizer eval_steps"
+    common = {"algo": algo} | {key: getattr(args, key) for key in plain.split()} | defaults | given
+    common |= {"horizon": env.horizon, "low": list(env.low), "high": list(env.high)}
+    common["medium"] = resolve_medium(args, env)
+    # Paper: α by β too. Here: α times β, since at β = 0.001 every step moves α by many times its 0.001: it diverges.
+    own_step = args.beta_alpha or common["alpha"] * common["beta"]
+    common["beta_alpha"] = own_step if base == "meta-sgd" else None
+    deltas = (args.delta or [defaults["delta"]]) if algo != base else [None]
     for flag, values in (("--seed", args.seed), ("--delta", deltas)):
         if len(set(values)) < len(values):
             fail(f"{flag} {' '.join(map(str, values))}: a value stands twice; name each once", 2)
-    common = {
-        "env": args.env, "param": args.param, "algo": algo, "rl": args.rl, **(defaults | given), "gamma": args.gamma,
-        "gae_lambda": args.gae_lambda, "tasks": args.tasks, "trajectories": args.trajectories, "horizon": env.horizon,
-        "low": list(env.low), "high": list(env.high), "hidden": args.hidden, "medium": resolve_medium(args, env),
-        "estimator": args.estimator, "optimizer": args.optimizer, "eval_steps": args.eval_steps,
-    }  # fmt: skip
     runs = {}
     for delta, seed in itertools.product(deltas, args.seed):
-        folder = (
-            args.out / f"{args.env}-{args.rl}" / algo / ("" if delta is None else f"delta{delta:.12g}") / f"seed{seed}"
-        )
+        folder = root(args) / algo / ("" if delta is None else f"delta{delta:.12g}") / f"seed{seed}"
         runs[folder] = common | {"delta": delta, "seed": seed}
     return runs
 
@@ -316,14 +316,21 @@ def stack(states, folders, device):
     alpha = settings["alpha"]
     if isinstance(states[0]["alpha"], dict):
         alpha = join([state["alpha"] for state in states])
-    learned = [*theta.values(), *(alpha.values() if isinstance(alpha, dict) else ())]
-    optimizer = OPTIMIZERS[settings["optimizer"]](learned, lr=settings["beta"])
-    for i, p in enumerate(learned):
+    groups = [{"params": list(theta.values())}]
+    if isinstance(alpha, dict):
+        groups.append({"params": list(alpha.values()), "lr": settings["beta_alpha"]})
+    optimizer = OPTIMIZERS[settings["optimizer"]](groups, lr=settings["beta"])
+    for i, p in enumerate(learned_by(optimizer)):
         for key in states[0]["optimizer"].get(i, {}):
             parts = [state["optimizer"][i][key] for state in states]
             optimizer.state[p][key] = torch.cat(parts).to(device) if parts[0].dim() else parts[0].clone()
     totals = [dict(state["totals"]) for state in states]
     return Batch(folders, [s["settings"] for s in states], states[0]["epoch"], theta, alpha, optimizer, totals)
+
+
+def learned_by(optimizer):
+    """All its parameters: θ, and Meta-SGD's α."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def split(batch):
@@ -343,7 +350,7 @@ def split(batch):
             "alpha": {key: part(p, run) for key, p in batch.alpha.items()} if learned_alpha else batch.alpha,
             "optimizer": {
                 i: {key: part(x, run) for key, x in batch.optimizer.state[p].items() if torch.is_tensor(x)}
-                for i, p in enumerate(batch.optimizer.param_groups[0]["params"])
+                for i, p in enumerate(learned_by(batch.optimizer))
             },
             "totals": batch.totals[run],
         })  # fmt: skip
@@ -444,8 +451,8 @@ def evaluate(batch, problem):
 
 def finite_runs(batch):
     """Which runs' parameters are all finite: list of S bools."""
-    learned = batch.optimizer.param_groups[0]["params"]
-    return torch.stack([p.detach().isfinite().flatten(1).all(1) for p in learned]).all(0).tolist()
+    finite = [p.detach().isfinite().flatten(1).all(1) for p in learned_by(batch.optimizer)]
+    return torch.stack(finite).all(0).tolist()
 
 
 def fail_run(batch, run):

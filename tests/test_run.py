@@ -97,10 +97,25 @@ def test_help_gives_every_flag_with_an_example_and_its_default(capsys, monkeypat
     entries = {entry.split()[0]: entry for entry in text.split("\n  --")[1:]}
     assert len(entries) > 25
     for flag, entry in entries.items():
-        if flag not in ("env", "algo", "param", "resume", "overwrite", "quiet"):
+        if flag not in ("env", "algo", "param", "watch", "resume", "overwrite", "quiet"):
             assert "(default " in entry, entry
         if flag not in ("resume", "overwrite", "quiet"):
             assert f"e.g. --{flag} " in entry, entry
+
+
+def test_meta_sgds_alpha_has_a_step_of_its_own(tmp_path):
+    """One SGD step moves α by beta_alpha times its gradient, and θ by beta: twice the step, twice the way."""
+    moves = {}
+    for step in (1e-6, 2e-6):
+        go(tmp_path / str(step), "--beta-alpha", step, algo="meta-sgd", epochs=1)
+        path = tmp_path / str(step) / "cartpole-pg/meta-sgd/seed1/checkpoint.pt"
+        state = torch.load(path, weights_only=True)
+        moves[step] = state["alpha"]["policy.1.weight"].double() - 0.001
+        theta = state["theta"]["policy.1.weight"]
+    assert moves[1e-6].abs().max() > 0
+    torch.testing.assert_close(moves[2e-6], 2 * moves[1e-6], rtol=0.05, atol=1e-9)
+    other = torch.load(tmp_path / "1e-06/cartpole-pg/meta-sgd/seed1/checkpoint.pt", weights_only=True)
+    assert torch.equal(theta, other["theta"]["policy.1.weight"])
 
 
 # --- determinism ---
