@@ -529,9 +529,8 @@ def begin(folder, settings, state, args, env, extra):
     """Make the run's folder ready: a new one, or one whose rows behind the checkpoint are cut off."""
     folder.mkdir(parents=True, exist_ok=True)
     epoch = state["epoch"] if state else 0
-    if epoch == 0:
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
+    for name in RUN_FILES if epoch == 0 else ["failed.txt"]:
+        (folder / name).unlink(missing_ok=True)
     config = settings | {
         "epochs": args.epochs or env.epochs,
         "eval_every": args.eval_every,
@@ -586,44 +585,22 @@ def main(argv=None):
     if len(set(args.algo)) < len(args.algo):
         fail(f"--algo {' '.join(args.algo)}: an algorithm stands twice; name each once", 2)
     env, device = resolve_env(args), resolve_device(args)
-    epochs = args.epochs or env.epochs
     plans = [resolve_runs(args, algo, env) for algo in args.algo]
     states = {folder: open_run(folder, s, args) for runs in plans for folder, s in runs.items()}  # before any writing
-
-    signals = []
-
-    def on_signal(signum, frame):  # the first ends training after this epoch, the second at once
-        signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    before = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     keep_memory()
     torch.set_num_threads(args.threads)
     failures = []
+    workers = os.cpu_count() if args.workers is None else args.workers
     try:
-        with open_problem(env, os.cpu_count() if args.workers is None else args.workers) as problem:
-            for runs in plans:
-                by_epoch = {}  # runs at the same epoch share a batch
-                for folder, settings in runs.items():
-                    state = states[folder]
-                    by_epoch.setdefault(state["epoch"] if state else 0, []).append((folder, settings, state))
-                for group in by_epoch.values():
-                    if signals:
-                        break
-                    extra = {"device": device, "runs_in_batch": len(group)}
-                    for folder, settings, state in group:
-                        begin(folder, settings, state, args, env, extra)
-                    group_states = [state or new_state(settings, problem) for _, settings, state in group]
-                    batch = stack(group_states, [folder for folder, _, _ in group], device)
-                    failures += train(batch, problem, epochs, args.eval_every, args.quiet, lambda: bool(signals))
+        with catch_signals() as signals, open_problem(env, workers) as problem:
+            for group in (group for runs in plans for group in batches(runs, states)):
+                if not signals:
+                    failures += train_group(group, states, problem, args, device, lambda: bool(signals))
     except envs.WorkerError as error:
         fail(f"{error}; go on from the last checkpoint with --resume")
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    say = (lambda line: None) if args.quiet else print
     for line in report.write(root(args)):
-        say(line)
+        if not args.quiet:
+            print(line)
     if signals:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
         fail(f"stopped; go on with: python run.py {shlex.join(words)} --resume", 128 + signals[0])
@@ -631,6 +608,41 @@ def main(argv=None):
         print(f"run.py: {line}", file=sys.stderr)
     if failures:
         fail(failures[-1])
+
+
+def batches(runs, states):
+    """The runs of one algorithm in groups that stand at the same epoch: [{folder: settings}, ..]."""
+    groups = {}
+    for folder, settings in runs.items():
+        epoch = states[folder]["epoch"] if states[folder] else 0
+        groups.setdefault(epoch, {})[folder] = settings
+    return list(groups.values())
+
+
+def train_group(group, states, problem, args, device, stop):
+    """Begin or go on with the runs of a group as one batch; returns a line for each that failed."""
+    for folder, settings in group.items():
+        begin(folder, settings, states[folder], args, problem.env, {"device": device, "runs_in_batch": len(group)})
+    begun = [states[folder] or new_state(settings, problem) for folder, settings in group.items()]
+    batch = stack(begun, list(group), device)
+    return train(batch, problem, args.epochs or problem.env.epochs, args.eval_every, args.quiet, stop)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """A list that a first Ctrl-C or SIGTERM is put on, for training to end after its epoch; a second ends at once."""
+    signals = []
+
+    def on_signal(signum, frame):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager

@@ -403,6 +403,28 @@ def test_a_run_that_explodes_is_named_and_the_others_go_on(tmp_path, capsys):
     assert "(2 failed)" in (tmp_path / "cartpole-pg/report.md").read_text()
 
 
+# --- CUDA ---
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("env", ["cartpole", "crossing", "point", "velocity"])
+@pytest.mark.parametrize("rl", ["pg", "ac"])
+def test_cuda_agrees_with_the_cpu_and_checkpoints_move_between_them(tmp_path, monkeypatch, env, rl):
+    logs = []
+    torch.set_default_dtype(torch.float64)
+    try:
+        for device in ("cpu", "cuda"):
+            go(tmp_path / device, "--device", device, "--rl", rl, env=env, algo="directed-maml", epochs=3)
+            (log,) = (tmp_path / device).rglob("log.csv")
+            logs.append(rows(log))
+        go(tmp_path / "cuda", "--device", "cpu", "--rl", rl, "--resume", env=env, algo="directed-maml", epochs=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for cpu, cuda in zip(*logs, strict=True):
+        for key in ("return_pre", "return_post", "return_med"):
+            assert float(cpu[key]) == pytest.approx(float(cuda[key]), rel=1e-6)
+
+
 # --- it learns ---
 
 
