@@ -205,7 +205,7 @@ ENVS = {
         dynamics=cartpole, threshold=175.0, epochs=400,
     ),
     "lunarlander": Env(  # its attribute is the vertical component, −φ
-        phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=300, obs_dim=8, actions=4, reset_noise=1,
+        phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400, obs_dim=8, actions=4, reset_noise=1,
         dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0), threshold=100.0, epochs=500, in_workers=True,
     ),
     "crossing": Env(
@@ -348,14 +348,15 @@ def rollout(env, act, phi, noise):
     if not isinstance(env.actions, int):
         low, high = (torch.tensor(bound, device=state.device, dtype=state.dtype) for bound in env.actions)
     steps = []
-    for noise_t in noise["action"].flatten(0, 1).unbind(2):  # (B, K, A)
-        action = act(state, noise_t)
-        bounded = action if isinstance(env.actions, int) else low + (action.clamp(-1, 1) + 1) / 2 * (high - low)
-        next_state, reward, terminated, truncated = step(state, bounded)
-        steps.append((state, action, reward, alive, terminated))
-        state, alive = next_state, alive & ~(terminated | truncated)
-        if state.is_cpu and not alive.any():  # on a GPU, asking would stall it at every step
-            break
+    with torch.inference_mode():  # no_grad would do; this is a seventh faster
+        for noise_t in noise["action"].flatten(0, 1).unbind(2):  # (B, K, A)
+            action = act(state, noise_t)
+            bounded = action if isinstance(env.actions, int) else low + (action.clamp(-1, 1) + 1) / 2 * (high - low)
+            next_state, reward, terminated, truncated = step(state, bounded)
+            steps.append((state, action, reward, alive, terminated))
+            state, alive = next_state, alive & ~(terminated | truncated)
+            if state.is_cpu and not alive.any():  # on a GPU, asking would stall it at every step
+                break
     obs, actions, rewards, mask, ends = (torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True))
     if not state.is_cpu:
         length = int(mask.sum(-1).max())

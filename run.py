@@ -105,7 +105,7 @@ def parse_args(argv):
     add("--tasks", "20", "M tasks an epoch", 5, type=count)
     add("--trajectories", "40", "K trajectories a task, before and after adaptation alike", 10, type=count)
     add("--horizon", "100", "H steps an episode at most",
-        shown="cartpole 200; lunarlander 300; point, velocity 20; gymnasium's", type=count)
+        shown="cartpole 200; lunarlander 400; point, velocity 20; gymnasium's", type=count)
     add("--epochs", "1000", "E", shown="cartpole 400; point, velocity 200; else 500", type=count)
     add("--threshold", "175", "mean return from which a run counts as converged",
         shown="cartpole 175; lunarlander 100; point -2; velocity -5", type=float)
