@@ -210,7 +210,8 @@ ENVS = {
     ),
     "crossing": Env(
         phi=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,
-        actions=((0.0,), (15.0,)), dynamics=crossing, threshold=40.0, epochs=400,
+        actions=((0.0,), (15.0,)), dynamics=crossing, threshold=38.0, epochs=400,
+        defaults={"alpha": 0.003, "beta": 0.0005, "delta": 0.0025, "baseline": "step"},
     ),
     "point": Env(
         phi=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20, obs_dim=2, reset_noise=2,

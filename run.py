@@ -96,19 +96,19 @@ def parse_args(argv):
     add("--rl", "ac", "pg: policy gradient, ac: actor-critic", "pg", choices=policies.LOSSES)
     add("--seed", "1 2 3 4 5", "one or several, all trained at once", [1], "1", nargs="+", type=number(int, 0))
     add("--delta", "0 0.001 0.005", "δ of directed-*, one or several, all trained at once",
-        shown="0.005; point, velocity 0.0015", nargs="+", type=number(float, 0))
-    add("--alpha", "0.01", "inner step size α", shown="0.001; point 0.03, velocity 0.01", type=step_size)
-    add("--beta", "0.02", "outer step size β", shown="0.001; point, velocity 0.0003; reptile's ε 1", type=step_size)
+        shown="0.005; crossing 0.0025; point, velocity 0.0015", nargs="+", type=number(float, 0))
+    add("--alpha", "0.01", "inner step size α", shown="0.001; crossing 0.003; point 0.03; velocity 0.01", type=step_size)
+    add("--beta", "0.02", "outer step size β", shown="0.001; crossing 0.0005; point, velocity 0.0003; reptile's ε 1", type=step_size)
     add("--beta-alpha", "0.001", "outer step size of Meta-SGD's α", shown="α times β", type=step_size)
     add("--gamma", "1", "discount γ", 0.99, type=number(float, 0, 1, above=True))
     add("--gae-lambda", "1", "λ of --rl ac", 0.95, type=number(float, 0, 1))
     add("--tasks", "20", "M tasks an epoch", 5, type=count)
     add("--trajectories", "40", "K trajectories a task, before and after adaptation alike", 10, type=count)
     add("--horizon", "100", "H steps an episode at most",
-        shown="cartpole 200; lunarlander 400; point, velocity 20; gymnasium's", type=count)
-    add("--epochs", "1000", "E", shown="cartpole 400; point, velocity 200; else 500", type=count)
+        shown="cartpole 200; lunarlander 400; crossing 60; point, velocity 20; gymnasium's", type=count)
+    add("--epochs", "1000", "E", shown="cartpole, crossing 400; point, velocity 200; else 500", type=count)
     add("--threshold", "175", "mean return from which a run counts as converged",
-        shown="cartpole 175; lunarlander 100; point -2; velocity -5", type=float)
+        shown="cartpole 175; lunarlander 100; crossing 38; point -2; velocity -5", type=float)
     add("--inner-steps", "3", "gradient steps of an adaptation", shown="1; reptile 5", type=count)
     add("--hidden", "100 100", "widths of the tanh layers", [64, 64], "64 64", nargs="+", type=count)
     add("--medium", "sampled", "medium task: mean of Φ, mean of the sampled tasks, a random task each epoch, or a φ",
@@ -117,7 +117,7 @@ def parse_args(argv):
         nargs="+", type=float, metavar="BOUND")
     add("--estimator", "lvc", "of the meta-gradient's second-order terms", "dice", choices=policies.ESTIMATORS)
     add("--baseline", "step", "taken from the advantages: each task's mean, or each time step's",
-        shown="task; point, velocity step", choices=policies.BASELINES)
+        shown="task; crossing, point, velocity step", choices=policies.BASELINES)
     add("--optimizer", "adam", "of the β-step", "sgd", choices=OPTIMIZERS)
     add("--device", "cpu", "auto: cuda where there is one", "auto", choices=["auto", "cpu", "cuda"])
     add("--workers", "4", "processes that step gymnasium environments; 0: this one", shown="the number of cores",
