@@ -97,8 +97,10 @@ def parse_args(argv):
     add("--seed", "1 2 3 4 5", "one or several, all trained at once", [1], "1", nargs="+", type=number(int, 0))
     add("--delta", "0 0.001 0.005", "δ of directed-*, one or several, all trained at once",
         shown="0.005; crossing 0.0025; point, velocity 0.0015", nargs="+", type=number(float, 0))
-    add("--alpha", "0.01", "inner step size α", shown="0.001; crossing 0.003; point 0.03; velocity 0.01", type=step_size)
-    add("--beta", "0.02", "outer step size β", shown="0.001; crossing 0.0005; point, velocity 0.0003; reptile's ε 1", type=step_size)
+    add("--alpha", "0.01", "inner step size α", shown="0.001; crossing 0.003; point 0.03; velocity 0.01",
+        type=step_size)
+    add("--beta", "0.02", "outer step size β", shown="0.001; crossing 0.0005; point, velocity 0.0003; reptile's ε 1",
+        type=step_size)
     add("--beta-alpha", "0.001", "outer step size of Meta-SGD's α", shown="α times β", type=step_size)
     add("--gamma", "1", "discount γ", 0.99, type=number(float, 0, 1, above=True))
     add("--gae-lambda", "1", "λ of --rl ac", 0.95, type=number(float, 0, 1))
