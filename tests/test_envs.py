@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import envs
+import maml
+import policies
 from envs import ENVS, draw_noise, generators, held_out_tasks, make, medium_task, rollout, sample_tasks
 
 CARTPOLE = ENVS["cartpole"]
@@ -113,6 +115,65 @@ def test_velocity_changes_by_the_action_and_pays_the_squared_error():
     batch = rollout(env, lambda obs, noise: torch.ones(1, 1, 1), torch.tensor([[[2.0]]]), noise)
     torch.testing.assert_close(batch["obs"][0, 0, 0, :, 0], torch.tensor([0.0, 0.5]))
     torch.testing.assert_close(batch["rewards"][0, 0, 0], torch.tensor([-(1.5**2), -1.0]))
+
+
+# --- the crossing ---
+
+
+def constant_speeds(speeds, u, count=200):
+    """Rollouts of each constant speed (m/s) of vehicle 1 as a task of its own, on the same `count` initial states."""
+    noise = draw_noise(ENVS["crossing"], generators([0], 0), 1, count)
+    noise = {key: x.expand(-1, len(speeds), *x.shape[2:]) for key, x in noise.items()}
+    action = (torch.tensor(speeds) / 7.5 - 1)[:, None, None].expand(-1, count, 1)
+    return rollout(ENVS["crossing"], lambda obs, noise: action, torch.full((1, len(speeds), 1), u), noise)
+
+
+def test_the_best_plan_is_to_go_first_before_a_slow_vehicle_and_to_yield_to_a_fast_one():
+    speeds = [0.25 * i for i in range(61)]
+    best = {}
+    for u in (5.0, 9.0, 11.0, 15.0):
+        batch = constant_speeds(speeds, u)
+        returns = batch["rewards"].sum(-1).mean(-1)[0]
+        index = int(returns.argmax())
+        x, y = batch["obs"][0, index].movedim(-1, 0) * torch.tensor([1.0, -1.0])[:, None, None]  # (K, H) each
+        first = (y <= 0).sum(-1) < (x <= 0).sum(-1)  # vehicle 1 spends fewer steps before the crossing
+        best[u] = (speeds[index], first.float().mean().item())
+    assert best[5.0][0] > 10 > best[15.0][0] and best[9.0][0] > 12 and best[11.0][0] < 7
+    assert best[5.0][1] == best[9.0][1] == 1 and best[11.0][1] == best[15.0][1] == 0
+
+
+def test_one_crossing_by_hand_and_a_collision_ends_and_costs():
+    noise = draw_noise(ENVS["crossing"], generators([0], 0), 1, 1)
+    noise["reset"][:] = torch.tensor([0.5, 0.5])  # both 40 m before the crossing
+    batch = rollout(ENVS["crossing"], lambda obs, noise: torch.full((1, 1, 1), 1 / 3), torch.tensor([[[10.0]]]), noise)
+    mask, rewards = batch["mask"][0, 0, 0], batch["rewards"][0, 0, 0]
+    torch.testing.assert_close(batch["obs"][0, 0, 0, 1] * 50, torch.tensor([-39.0, 39.0]))  # 1 m each in 0.1 s
+    distances = [math.sqrt(2) * (40 - t - 1) for t in range(len(rewards))]
+    expected = [1 - 2 * max(0, 1 - d / 15) - 10 * (d < 3) for d in distances]  # at the best speed, 10 m/s
+    torch.testing.assert_close(rewards, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert batch["terminated"].all() and mask.all() and distances[-1] < 3 <= distances[-2]
+
+
+def test_one_gradient_step_on_a_crossing_learns_for_that_crossing_more_than_for_another():
+    env, head = ENVS["crossing"], policies.Gaussian(1)
+    theta = policies.init(env.obs_dim, head, generators([0], 0))
+    with torch.no_grad():  # a policy between the two plans: 9.75 m/s everywhere
+        theta["policy.2.weight"].zero_()
+        theta["policy.2.bias"].fill_(9.75 / 7.5 - 1)
+        theta["policy.log_std"].fill_(math.log(0.5))
+    phi = torch.tensor([[[7.0], [13.0]]])
+    returns = []
+
+    def task_loss(params):
+        batch = rollout(env, policies.actor(params, head), phi, draw_noise(env, generators([0], 1), 2, 500))
+        returns.append(batch["rewards"].sum(-1).mean(-1)[0])
+        return policies.pg(params, batch, head, 0.99, "dice", "step")
+
+    adapted = maml.adapt(maml.expand(theta, 2), task_loss, 0.01, second_order=False)
+    task_loss(adapted)
+    task_loss({name: p.flip(1) for name, p in adapted.items()})  # each task under what the other one learned
+    before, own, others = returns
+    assert (own > before + 0.5).all() and (own > others + 0.5).all(), returns
 
 
 # --- rollouts ---
