@@ -7,6 +7,7 @@ bootstrap intervals.
 import csv
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,17 @@ def read(root):
         }
         groups.setdefault((config["algo"], config["delta"]), []).append(run)
     labels = {}
-    for (algo, delta), runs in groups.items():
+    for (algo, delta), runs in sorted(groups.items(), key=by_twins):
         several = sum(other == algo for other, _ in groups) > 1
         labels[f"{algo}, δ = {delta:g}" if several else algo] = runs
     return labels
+
+
+def by_twins(group):
+    """Sort key: each algorithm before its directed twin, those by δ."""
+    algo, delta = group[0]
+    base = algo.removeprefix("directed-")
+    return list(COLOURS).index(base), algo != base, delta or 0.0
 
 
 def read_csv(path):
@@ -180,22 +188,24 @@ twin's interquartile mean over this one's.
 # --- the figures ---
 
 
-def style(labels):
-    """A look for every label: one colour an algorithm; solid with the δ-step, dashed without; markers tell δ apart."""
-    looks, seen = {}, {}
-    for label, runs in labels.items():
-        algo = runs[0]["config"]["algo"]
+def style(labels, ramp):
+    """A look for every label: colour and marker tell the algorithm, or δ where there are several (from the colour map
+    `ramp`); with the δ-step solid and filled, without dashed and hollow."""
+    algos = [runs[0]["config"]["algo"] for runs in labels.values()]
+    looks, seen = {}, Counter()
+    for (label, runs), algo in zip(labels.items(), algos, strict=True):
         base = algo.removeprefix("directed-")
-        marker = MARKERS[seen.setdefault(algo, 0) % len(MARKERS)]
-        seen[algo] += 1
-        directed = base != algo
+        several, directed = algos.count(algo), base != algo
+        colour = COLOURS[base] if several == 1 else ramp(0.9 * seen[algo] / (several - 1))
         looks[label] = {
-            "color": COLOURS[base],
+            "color": colour,
             "linestyle": "-" if directed else "--",
-            "marker": marker if directed else None,
-            "markersize": 4,
+            "marker": MARKERS[(list(COLOURS).index(base) + seen[algo]) % len(MARKERS)],
+            "markerfacecolor": colour if directed else "white",
+            "markersize": 5,
             "label": f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})",
         }
+        seen[algo] += 1
     return looks
 
 
@@ -203,13 +213,16 @@ def draw_curves(plt, labels, path):
     """Fig. 2 and 3: smoothed return after adaptation against epochs, one line an algorithm."""
     config = next(iter(labels.values()))[0]["config"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for look, runs in zip(style(labels).values(), labels.values(), strict=True):
+    for offset, (look, runs) in enumerate(
+        zip(style(labels, plt.get_cmap("viridis")).values(), labels.values(), strict=True)
+    ):
         length = min(len(run["log"]["epoch"]) for run in runs)
         curves = np.stack([ema(run["log"]["return_post"][:length]) for run in runs])
         epochs = runs[0]["log"]["epoch"][:length]
         low, high = interval(curves)
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-        axes.plot(epochs, iqm(curves), markevery=max(length // 12, 1), **look)
+        every = max(length // 12, 1)
+        axes.plot(epochs, iqm(curves), markevery=(offset * every // len(labels), every), **look)
     if (threshold := config["threshold"]) is not None:
         axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
         axes.annotate(f"convergence: {threshold:g}", (0.995, threshold), (0, 2), color="0.35", ha="right", fontsize=8,
@@ -240,16 +253,19 @@ def held_out(runs):
     return groups, np.stack([[r[:, distance == d].mean(1) for d in groups] for r in returns]).swapaxes(1, 2)
 
 
+LOOKS = [("#000000", "o", ":"), ("#0072B2", "s", "-"), ("#D55E00", "D", "--")]  # before, after one step, after the last
+
+
 def draw_adaptation(plt, labels, path):
     """Held-out return before and after adaptation against φ, one panel an algorithm."""
     labels = {label: [run for run in runs if run["eval"]] for label, runs in labels.items()}
     labels = {label: runs for label, runs in labels.items() if runs}
     if not labels:
         return False
-    columns = min(len(labels), 3)
+    columns = min(len(labels), 4)
     count = math.ceil(len(labels) / columns)
     figure, panels = plt.subplots(
-        count, columns, figsize=(0.5 + 3.6 * columns, 0.8 + 2.8 * count), squeeze=False, sharex=True, sharey=True,
+        count, columns, figsize=(0.8 + 3 * columns, 0.8 + 2.8 * count), squeeze=False, sharex=True, sharey=True,
         layout="constrained",
     )  # fmt: skip
     for panel in panels.flat[len(labels) :]:
@@ -257,13 +273,11 @@ def draw_adaptation(plt, labels, path):
     for panel, (label, runs) in zip(panels.flat, labels.items(), strict=False):
         config = runs[0]["config"]
         x, returns = held_out(runs)
-        steps = sorted({0, config["inner_steps"], returns.shape[1] - 1} & set(range(returns.shape[1])))
-        for step, colour, mark in zip(steps, ["#000000", "#0072B2", "#D55E00"], "osD", strict=False):
+        for step, (colour, mark, line) in zip(sorted({0, 1, returns.shape[1] - 1}), LOOKS, strict=False):
             low, high = interval(returns[:, step])
-            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             name = "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}"
-            panel.plot(x, iqm(returns[:, step]), color=colour, marker=mark, markersize=4, label=name,
-                       linestyle=[":", "-", "--"][steps.index(step)])  # fmt: skip
+            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.plot(x, iqm(returns[:, step]), color=colour, marker=mark, markersize=4, label=name, linestyle=line)
         panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})", fontsize=10)
         panel.grid(alpha=0.3)
     figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks after epoch {runs[0]['eval'][-1]['epoch']}")
