@@ -156,24 +156,27 @@ class Gymnasium:
         shape = noise.shape[:2]
         phi = phi.double().expand(*shape, -1).flatten(0, 1).tolist()
         seeds = [None if math.isnan(u) else int(u * 2**24) for u in noise[..., 0].flatten().tolist()]
-        obs = None
-        rewards, terminated, truncated = np.zeros(len(seeds), np.float32), *np.zeros((2, len(seeds)), bool)
-        for lane, seed in enumerate(seeds):
-            truncated[lane] = seed is None
-            if seed is not None:
-                first = self.reset(lane, phi[lane], seed)
-                obs = np.zeros((len(seeds), len(first)), np.float32) if obs is None else obs
-                obs[lane] = first
+        running = [lane for lane, seed in enumerate(seeds) if seed is not None]
+        first = {lane: self.reset(lane, phi[lane], seeds[lane]) for lane in running}
+        obs = np.zeros((len(seeds), len(first[running[0]])), np.float32)
+        for lane in running:
+            obs[lane] = first[lane]
+        rewards, terminated = np.zeros(len(seeds), np.float32), np.zeros(len(seeds), bool)
+        truncated = np.array([seed is None for seed in seeds])
 
         def tensor(array):
             return torch.from_numpy(array.copy()).unflatten(0, shape)
 
         def step(state, action):
-            actions = action.flatten(0, 1).numpy()
+            action = action.flatten(0, 1)
+            actions = action.tolist() if action.dim() == 1 else action.numpy()  # Python numbers step faster
             rewards[:] = 0
-            for lane in np.flatnonzero(~(terminated | truncated)):
-                first, rewards[lane], terminated[lane], truncated[lane], _ = self.lanes[lane].step(actions[lane])
-                obs[lane] = first.ravel()
+            for lane in tuple(running):
+                observed, rewards[lane], ended, cut, _ = self.lanes[lane].step(actions[lane])
+                obs[lane] = observed.ravel()
+                if ended or cut:
+                    terminated[lane], truncated[lane] = ended, cut
+                    running.remove(lane)
             return tensor(obs), tensor(rewards), tensor(terminated), tensor(truncated)
 
         return tensor(obs), step
