@@ -219,7 +219,7 @@ ENVS = {
     "point": Env(
         phi=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20, obs_dim=2, reset_noise=2,
         actions=((-0.1, -0.1), (0.1, 0.1)), dynamics=point, threshold=-2.0, epochs=200,
-        defaults={"alpha": 0.03, "beta": 0.0003, "delta": 0.0015, "baseline": "step"},
+        defaults={"alpha": 0.03, "baseline": "step"},
     ),
     "velocity": Env(
         phi=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20, obs_dim=1, reset_noise=1,

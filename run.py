@@ -96,10 +96,10 @@ def parse_args(argv):
     add("--rl", "ac", "pg: policy gradient, ac: actor-critic", "pg", choices=policies.LOSSES)
     add("--seed", "1 2 3 4 5", "one or several, all trained at once", [1], "1", nargs="+", type=number(int, 0))
     add("--delta", "0 0.001 0.005", "δ of directed-*, one or several, all trained at once",
-        shown="0.005; crossing 0.0025; point, velocity 0.0015", nargs="+", type=number(float, 0))
+        shown="0.005; crossing 0.0025; velocity 0.0015", nargs="+", type=number(float, 0))
     add("--alpha", "0.01", "inner step size α", shown="0.001; crossing 0.003; point 0.03; velocity 0.01",
         type=step_size)
-    add("--beta", "0.02", "outer step size β", shown="0.001; crossing 0.0005; point, velocity 0.0003; reptile's ε 1",
+    add("--beta", "0.02", "outer step size β", shown="0.001; crossing 0.0005; velocity 0.0003; reptile's ε 1",
         type=step_size)
     add("--beta-alpha", "0.001", "outer step size of Meta-SGD's α", shown="α times β", type=step_size)
     add("--gamma", "1", "discount γ", 0.99, type=number(float, 0, 1, above=True))
@@ -117,7 +117,7 @@ def parse_args(argv):
         ["mean"], "mean", nargs="+")
     add("--range", "5 15", "Φ: LOW HIGH for each component of φ", shown="the environment's",
         nargs="+", type=float, metavar="BOUND")
-    add("--estimator", "lvc", "of the meta-gradient's second-order terms", "dice", choices=policies.ESTIMATORS)
+    add("--estimator", "dice", "of the meta-gradient's second-order terms", "lvc", choices=policies.ESTIMATORS)
     add("--baseline", "step", "taken from the advantages: each task's mean, or each time step's",
         shown="task; crossing, point, velocity step", choices=policies.BASELINES)
     add("--optimizer", "adam", "of the β-step", "sgd", choices=OPTIMIZERS)

@@ -54,7 +54,7 @@ def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl
     go(tmp_path, "--rl", rl, "--seed", 1, 2, env=env, algo=" ".join(run.ALGORITHMS), epochs=2)
     root = tmp_path / f"{env}-{rl}"
     for algo in run.ALGORITHMS:
-        delta = "delta0.005" if env == "cartpole" else "delta0.0015"
+        delta = "delta0.0015" if env == "velocity" else "delta0.005"
         folder = root / algo / (delta if algo.startswith("directed") else "") / "seed2"
         assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "eval.csv", "log.csv"]
         log = rows(folder / "log.csv", without_times=False)
@@ -76,7 +76,7 @@ def test_env_steps_count_what_was_sampled(tmp_path):
     """point never ends early: M tasks × K trajectories × H steps, before and after adaptation, and the medium one."""
     go(tmp_path, env="point", algo="maml directed-maml reptile", epochs=3)
     per_task = 3 * 12
-    for folder, tasks in (("maml", 2 + 2), ("directed-maml/delta0.0015", 1 + 2 + 2), ("reptile", 5 * 2)):
+    for folder, tasks in (("maml", 2 + 2), ("directed-maml/delta0.005", 1 + 2 + 2), ("reptile", 5 * 2)):
         log = rows(tmp_path / "point-pg" / folder / "seed1" / "log.csv")
         assert [int(row["env_steps"]) for row in log] == [tasks * per_task * epoch for epoch in (1, 2, 3)]
 
