@@ -600,6 +600,8 @@ def main(argv=None):
                     failures += train_group(group, states, problem, args, device, lambda: bool(signals))
     except envs.WorkerError as error:
         fail(f"{error}; go on from the last checkpoint with --resume")
+    except OSError as error:  # a full disk, a folder that went away or is not ours to write
+        fail(f"{error.filename or args.out}: {error.strerror}; mend that and go on with --resume")
     for line in report.write(root(args)):
         if not args.quiet:
             print(line)

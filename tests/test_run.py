@@ -375,6 +375,11 @@ def test_damaged_foreign_and_hostile_checkpoints_are_refused_and_run_no_code(tmp
     assert snapshot(tmp_path) == before and not (tmp_path / "hostile").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert f"{tmp_path / 'file'}" in refused(capsys, tmp_path / "file", code=1)
+
+
 def test_a_log_that_lost_rows_is_refused(tmp_path, capsys):
     go(tmp_path)
     log = tmp_path / "cartpole-pg/fomaml/seed1/log.csv"
