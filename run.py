@@ -234,7 +234,6 @@ def trim_rows(path, fields, keep):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [line for line in lines[1:] if line.endswith("\n") and keep(int(line.split(",")[0]))]
     write_atomically(path, "".join([",".join(fields) + "\n", *rows]))
-    return len(rows)
 
 
 def save(folder, state):
@@ -518,11 +517,12 @@ def open_run(folder, settings, args):
     state = load(folder, settings) if args.resume else None
     if state is not None:
         log = folder / "log.csv"
-        epochs = max(log.read_text().count("\n") - 1, 0) if log.exists() else 0
-        if epochs < state["epoch"]:
+        lines = log.read_text().splitlines()[1:] if log.exists() else []
+        epochs = [line.split(",")[0] for line in lines[: state["epoch"]]]
+        if epochs != [str(epoch) for epoch in range(1, state["epoch"] + 1)]:
             fail(
-                f"{log}: has {epochs} epochs and checkpoint.pt {state['epoch']}; "
-                "restore it, or start anew with --overwrite"
+                f"{log}: does not hold epochs 1 to {state['epoch']}, as checkpoint.pt does; restore it, or start anew "
+                "with --overwrite"
             )
     return state
 

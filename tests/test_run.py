@@ -385,7 +385,7 @@ def test_a_log_that_lost_rows_is_refused(tmp_path, capsys):
     log = tmp_path / "cartpole-pg/fomaml/seed1/log.csv"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
     before = snapshot(tmp_path)
-    assert "has 2 epochs and checkpoint.pt 4" in refused(capsys, tmp_path, "--resume", epochs=8, code=1)
+    assert "log.csv: does not hold epochs 1 to 4" in refused(capsys, tmp_path, "--resume", epochs=8, code=1)
     assert snapshot(tmp_path) == before
 
 
