@@ -96,7 +96,7 @@ def convergence(run):
 
 
 def plus_minus(values, form="{:.3g}"):
-    return f"{form.format(np.mean(values))} ± {form.format(np.std(values))}"
+    return f"{form.format(np.mean(values))} ± {form.format(np.std(values).round(9))}"
 
 
 def with_interval(values, form="{:.4g}"):
@@ -125,7 +125,7 @@ def reached(runs, key):
 def row(label, runs, twins):
     """One line of the table; twins: the runs of the same algorithm without the δ-step, or None."""
     good = [run for run in runs if not run["failed"]]
-    per_epoch = [run["log"]["seconds"][-1] / len(run["log"]["epoch"]) for run in runs]
+    seconds = [np.diff(run["log"]["seconds"], prepend=0) for run in runs]
     epochs = reached(runs, "epoch")
     evaluated = [run for run in good if run["eval"]]
     steps = (0, min(runs[0]["config"]["inner_steps"], runs[0]["config"]["eval_steps"]))
@@ -138,8 +138,8 @@ def row(label, runs, twins):
         label,
         f"{len(runs)}" + (f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""),
         "-".join(map(str, lengths[:: len(lengths) - 1] if len(lengths) > 1 else lengths)),
-        plus_minus(per_epoch),
-        plus_minus([1000 * x for x in per_epoch]),
+        plus_minus(np.concatenate(seconds)),
+        plus_minus([1000 * x.mean() for x in seconds]),
         f"{sum(map(math.isfinite, epochs))}/{len(runs)}",
         with_interval(epochs),
         with_interval(reached(runs, "env_steps"), "{:.3g}"),
@@ -175,8 +175,8 @@ def text(labels):
 
 {table(labels)}
 
-Seconds: training time, evaluation excluded, as mean ± standard deviation over runs; runs trained in one batch share
-its time evenly. Convergence: the first epoch at which the mean return after adaptation, smoothed (EMA {EMA}), is above
+Seconds: training time, evaluation excluded, as mean ± standard deviation, of an epoch over all epochs, of 1000 over
+runs; runs trained in one batch share its time evenly. Convergence: the first epoch at which the mean return after adaptation, smoothed (EMA {EMA}), is above
 {threshold}; a run that never gets there counts as infinite ("never") and is not dropped. Final return:
 mean return after adaptation over the last tenth of the epochs. Held-out: mean return over the fixed grid of tasks at
 the last evaluation, before adaptation and after as many inner steps as in training (at most {config["eval_steps"]}).
