@@ -176,12 +176,12 @@ def text(labels):
 {table(labels)}
 
 Seconds: training time, evaluation excluded, as mean ± standard deviation, of an epoch over all epochs, of 1000 over
-runs; runs trained in one batch share its time evenly. Convergence: the first epoch at which the mean return after adaptation, smoothed (EMA {EMA}), is above
-{threshold}; a run that never gets there counts as infinite ("never") and is not dropped. Final return:
-mean return after adaptation over the last tenth of the epochs. Held-out: mean return over the fixed grid of tasks at
-the last evaluation, before adaptation and after as many inner steps as in training (at most {config["eval_steps"]}).
-Convergence and returns are interquartile means over seeds with 95% bootstrap intervals. Speed-up: the undirected
-twin's interquartile mean over this one's.
+runs; runs trained in one batch share its time evenly. Convergence: the first epoch at which the mean return after
+adaptation, smoothed (EMA {EMA}), is above {threshold}; a run that never gets there counts as infinite ("never") and is
+not dropped. Final return: mean return after adaptation over the last tenth of the epochs. Held-out: mean return over
+the fixed grid of tasks at the last evaluation, before adaptation and after as many inner steps as in training (at most
+{config["eval_steps"]}). Convergence and returns are interquartile means over seeds with 95% bootstrap intervals.
+Speed-up: the undirected twin's interquartile mean over this one's.
 """
 
 
