@@ -225,8 +225,8 @@ def draw_curves(plt, labels, path):
         axes.plot(epochs, iqm(curves), markevery=(offset * every // len(labels), every), **look)
     if (threshold := config["threshold"]) is not None:
         axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
-        axes.annotate(f"convergence: {threshold:g}", (0.995, threshold), (0, -3), color="0.35", ha="right", va="top", fontsize=8,
-                      xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
+        axes.annotate(f"convergence: {threshold:g}", (0.995, threshold), (0, -3), color="0.35", ha="right", va="top",
+                      fontsize=8, xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
     axes.set(
         title=f"{config['env']}, {config['rl']}: interquartile mean over seeds, 95% bootstrap interval",
         xlabel="epoch",
