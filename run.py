@@ -229,10 +229,15 @@ def append_rows(path, rows):
         file.write(text.getvalue())
 
 
+def complete_rows(path):
+    """The rows of a CSV file as lines, without its header and without what a crash left of a last one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines[1:] if line.endswith("\n")]
+
+
 def trim_rows(path, fields, keep):
     """Cut from a CSV file the rows that `keep(epoch)` does not want, and what a crash left of a last one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [line for line in lines[1:] if line.endswith("\n") and keep(int(line.split(",")[0]))]
+    rows = [line for line in complete_rows(path) if keep(int(line.split(",")[0]))]
     write_atomically(path, "".join([",".join(fields) + "\n", *rows]))
 
 
@@ -517,8 +522,7 @@ def open_run(folder, settings, args):
     state = load(folder, settings) if args.resume else None
     if state is not None:
         log = folder / "log.csv"
-        lines = log.read_text().splitlines()[1:] if log.exists() else []
-        epochs = [line.split(",")[0] for line in lines[: state["epoch"]]]
+        epochs = [line.split(",")[0] for line in complete_rows(log)[: state["epoch"]]]
         if epochs != [str(epoch) for epoch in range(1, state["epoch"] + 1)]:
             fail(
                 f"{log}: does not hold epochs 1 to {state['epoch']}, as checkpoint.pt does; restore it, or start anew "
@@ -558,9 +562,8 @@ def watch(folder, phi):
     if state is None:
         fail(f"--watch {folder}: there is no checkpoint.pt; name the folder of one run", 2)
     settings = state["settings"]
-    names = None if settings["env"] in envs.ENVS else settings["param"]
     bounds = [x for pair in zip(settings["low"], settings["high"], strict=True) for x in pair]
-    env = envs.make(settings["env"], names, bounds, settings["horizon"])
+    env = envs.make(settings["env"], settings["param"], bounds, settings["horizon"])
     phi = envs.medium_task(env, "mean", torch.empty(1), None) if phi is None else torch.tensor([[phi]])
     if phi.shape[-1] != len(env.phi):
         fail(f"--phi: expected {len(env.phi)} number(s): {', '.join(env.phi)}", 2)
