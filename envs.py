@@ -4,6 +4,7 @@ Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M. Every
 front (`draw_noise`), so a rollout is a pure function of the policy's parameters, φ and noise.
 """
 
+import copy
 import difflib
 import itertools
 import math
@@ -12,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import gymnasium
 import numpy as np
@@ -39,8 +40,8 @@ class Env:
     """One task family. States are tensors (B, K, D) and are observed whole; φ is not observed.
 
     dynamics: (φ (B, 1, P), noise (B, K, R) uniform in [0, 1)) -> the initial state, and step: (state, action) ->
-        (state, reward, terminated, truncated), the last three (B, K). Actions are (B, K) in 0 .. actions−1, or
-        (B, K, A) within the box `actions` = (low, high).
+        (state, reward, terminated, ended), the last three (B, K); ended: terminated, or truncated. Actions are (B, K)
+        in 0 .. actions−1, or (B, K, A) within the box `actions` = (low, high).
     """
 
     phi: tuple[str, ...]  # names and units of φ's P components
@@ -73,7 +74,7 @@ def cartpole(phi, noise):
     push = phi.new_tensor([-force / total_mass, force / total_mass])
     inertia = phi.new_tensor(half_length * 4 / 3)
     limits = phi.new_tensor([2.4, math.inf, 12 * 2 * math.pi / 360, math.inf])
-    reward, truncated = phi.new_tensor(1.0), torch.zeros_like(noise[..., 0], dtype=torch.bool)
+    reward = phi.new_tensor(1.0)
 
     def step(state, action):
         _, x_dot, angle, angle_dot = state.unbind(-1)
@@ -86,7 +87,8 @@ def cartpole(phi, noise):
         # x_acc = temp − pole_moment angle_acc cos / total_mass
         x_acc = torch.addcmul(temp, angle_acc, cos, value=-pole_moment / total_mass)
         state = state.add(torch.stack((x_dot, x_acc, angle_dot, angle_acc), -1), alpha=tau)
-        return state, reward.expand_as(x_dot), (state.abs() > limits).any(-1), truncated
+        terminated = (state.abs() > limits).any(-1)
+        return state, reward.expand_as(x_dot), terminated, terminated
 
     return noise * 0.1 - 0.05, step
 
@@ -119,7 +121,6 @@ def crossing(phi, noise):
     speed and 15 m the safe distance; a distance d below 3 m is a collision, which costs 10 and ends the episode.
     """
     dt, best_speed, safe_distance, collision_distance = 0.1, 10.0, 15.0, 3.0  # s, m/s, m, m
-    never = torch.zeros_like(noise[..., 0], dtype=torch.bool)
     start = noise.new_tensor([-1.0, 1.0]) * (35 + 10 * noise) / CROSSING_UNIT
 
     def step(state, action):
@@ -128,7 +129,7 @@ def crossing(phi, noise):
         distance = state.norm(dim=-1) * CROSSING_UNIT
         reward = 1 - (speed / best_speed - 1).square() - 2 * (1 - distance / safe_distance).clamp(min=0)
         collided = distance < collision_distance
-        return state, reward - 10 * collided, collided, never
+        return state, reward - 10 * collided, collided, collided
 
     return start, step
 
@@ -144,10 +145,17 @@ class Gymnasium:
     def __init__(self, env_id, names, scale=1.0, **options):
         self.env_id, self.names, self.scale, self.options, self.lanes = env_id, names, scale, options, []
 
+    @cached_property
+    def spec(self):
+        """Of instances without the wrapper that asks at every step whether there was a reset: 4% of a step."""
+        spec = copy.deepcopy(gymnasium.make(self.env_id).spec)
+        spec.order_enforce = False
+        return spec
+
     def reset(self, lane, phi, seed):
         """First observation (D,) of a new episode of a lane's instance."""
         while len(self.lanes) <= lane:
-            self.lanes.append(gymnasium.make(self.env_id, disable_env_checker=True, **self.options))
+            self.lanes.append(gymnasium.make(self.spec, disable_env_checker=True, **self.options))
         for name, value in zip(self.names, phi, strict=True):
             setattr(self.lanes[lane].unwrapped, name, self.scale * value)
         return self.lanes[lane].reset(seed=seed)[0].ravel()
@@ -158,28 +166,31 @@ class Gymnasium:
         seeds = [None if math.isnan(u) else int(u * 2**24) for u in noise[..., 0].flatten().tolist()]
         running = [lane for lane, seed in enumerate(seeds) if seed is not None]
         first = {lane: self.reset(lane, phi[lane], seeds[lane]) for lane in running}
-        obs = np.zeros((len(seeds), len(first[running[0]])), np.float32)
+        obs = np.zeros((*shape, len(first[running[0]])), np.float32)
+        rewards, terminated = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        ended = noise[..., 0].isnan().numpy()
+        lane_obs, lane_reward, lane_terminated, lane_ended = (  # views of one lane after the other
+            x.reshape(len(seeds), *x.shape[2:]) for x in (obs, rewards, terminated, ended)
+        )
         for lane in running:
-            obs[lane] = first[lane]
-        rewards, terminated = np.zeros(len(seeds), np.float32), np.zeros(len(seeds), bool)
-        truncated = np.array([seed is None for seed in seeds])
+            lane_obs[lane] = first[lane]
 
-        def tensor(array):
-            return torch.from_numpy(array.copy()).unflatten(0, shape)
+        def tensors(*arrays):
+            return tuple(torch.from_numpy(array.copy()) for array in arrays)
 
         def step(state, action):
             action = action.flatten(0, 1)
             actions = action.tolist() if action.dim() == 1 else action.numpy()  # Python numbers step faster
             rewards[:] = 0
             for lane in tuple(running):
-                observed, rewards[lane], ended, cut, _ = self.lanes[lane].step(actions[lane])
-                obs[lane] = observed.ravel()
-                if ended or cut:
-                    terminated[lane], truncated[lane] = ended, cut
+                observed, lane_reward[lane], final, truncated, _ = self.lanes[lane].step(actions[lane])
+                lane_obs[lane] = observed.ravel()
+                if final or truncated:
+                    lane_terminated[lane], lane_ended[lane] = final, True
                     running.remove(lane)
-            return tensor(obs), tensor(rewards), tensor(terminated), tensor(truncated)
+            return tensors(obs, rewards, terminated, ended)
 
-        return tensor(obs), step
+        return torch.from_numpy(obs.copy()), step
 
     def check(self, low, high, steps=200):
         """Raises ValueError where one seed and one sequence of actions give the same episode at both ends of Φ."""
@@ -348,30 +359,30 @@ def rollout(env, act, phi, noise):
     """
     lead = noise["reset"].shape[:3]  # (S, M, K)
     state, step = env.dynamics(phi.flatten(0, 1).unsqueeze(1), noise["reset"].flatten(0, 1))
-    alive = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+    over = torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
     if not isinstance(env.actions, int):
         low, high = (torch.tensor(bound, device=state.device, dtype=state.dtype) for bound in env.actions)
-    steps = []
+    steps = []  # one (state, action, reward, terminated, over before) for each t
     with torch.inference_mode():  # no_grad would do; this is a seventh faster
         for noise_t in noise["action"].flatten(0, 1).unbind(2):  # (B, K, A)
             action = act(state, noise_t)
             bounded = action if isinstance(env.actions, int) else low + (action.clamp(-1, 1) + 1) / 2 * (high - low)
-            next_state, reward, terminated, truncated = step(state, bounded)
-            steps.append((state, action, reward, alive, terminated))
-            state, alive = next_state, alive & ~(terminated | truncated)
-            if state.is_cpu and not alive.any():  # on a GPU, asking would stall it at every step
+            next_state, reward, terminated, ended = step(state, bounded)
+            steps.append((state, action, reward, terminated, over))
+            state, over = next_state, over | ended
+            if state.is_cpu and over.all():  # on a GPU, asking would stall it at every step
                 break
-    obs, actions, rewards, mask, ends = (torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True))
+    batch = [torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True)]  # (S, M, K, H, ...)
     if not state.is_cpu:
-        length = int(mask.sum(-1).max())
-        obs, actions, rewards, mask, ends = (x[:, :, :, :length] for x in (obs, actions, rewards, mask, ends))
-    terminated = (ends & mask).any(-1)
-    padding = ~mask
+        length = int((~batch[-1]).sum(-1).max())
+        batch = [x[:, :, :, :length] for x in batch]
+    obs, actions, rewards, terminated, padding = batch
+    terminated = (terminated & ~padding).any(-1)  # (S, M, K)
     return {
         "obs": obs.masked_fill(padding.unsqueeze(-1), 0.0),
         "actions": actions.masked_fill(padding if isinstance(env.actions, int) else padding.unsqueeze(-1), 0),
         "rewards": rewards.masked_fill(padding, 0.0),
-        "mask": mask,
+        "mask": ~padding,
         "last_obs": state.unflatten(0, lead[:2]).masked_fill(terminated.unsqueeze(-1), 0.0),
         "terminated": terminated,
     }
