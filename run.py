@@ -28,6 +28,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import directed
@@ -44,10 +45,16 @@ CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 CHECKPOINT_FORMAT = 1
 
 
+class Failure(Exception):
+    """What `main` says in one line on standard error before it exits with `code`: 2 for usage, else 1."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
 def fail(message, code=1):
-    """One clear line on standard error, and out."""
-    print(f"run.py: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    raise Failure(message, code)
 
 
 # --- the command line ---
@@ -363,6 +370,71 @@ def split(batch):
     return states
 
 
+# --- ranks: torchrun's processes ---
+
+
+class Ranks:
+    """The processes that share one training: each adapts to every count-th task, and rank 0 alone touches files.
+
+    One process alone is rank 0 of 1. torchrun sets the environment variables; a connection lost is a Failure.
+    """
+
+    def __init__(self):
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.tasks = slice(self.rank, None, self.count)  # its own of M tasks
+        if self.count > 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            self.store, *_ = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count)
+
+    @contextlib.contextmanager
+    def connected(self):
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            fail(f"rank {self.rank}: another rank stopped ({reason}); start all again with --resume")
+
+    def sum(self, tensors):
+        """Each of the tensors becomes its sum over the ranks, in place, in one message."""
+        if self.count > 1:
+            self.exchange(tensors, dist.all_reduce)
+
+    def take_from_first(self, tensors):
+        """Each of the tensors becomes rank 0's, in place, in one message."""
+        if self.count > 1:
+            self.exchange(tensors, partial(dist.broadcast, src=0))
+
+    @torch.no_grad()
+    def exchange(self, tensors, send):
+        message = torch.cat([x.flatten() for x in tensors])
+        with self.connected():
+            send(message)
+        for x, part in zip(tensors, message.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(part.view_as(x))
+
+    def object_from_first(self, make):
+        """What `make()` returns on rank 0."""
+        box = [make() if self.rank == 0 else None]
+        if self.count > 1:
+            with self.connected():
+                dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def leave(self):
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def first_to_fail(self):
+        """True on one rank alone, whose failure is the cause of the others'."""
+        try:
+            return self.count == 1 or self.store.add("failures", 1) == 1
+        except RuntimeError:  # the store went with the rank that kept it
+            return True
+
+
 # --- training ---
 
 
@@ -377,11 +449,12 @@ class Problem(NamedTuple):
 class TaskLoss:
     """task_loss(params) -> (S, M): K fresh trajectories of each task φ (S, M, P) under params, and the loss on them.
 
-    Keeps every call's mean undiscounted returns (S, M), and sums up env steps (S,) and the seconds of sampling.
+    Of the M tasks it takes its `own` alone, with the noise that they would have in any company. Keeps every call's mean
+    undiscounted returns (S, M), and sums up env steps (S,) and the seconds of sampling.
     """
 
-    def __init__(self, problem, settings, phi, generators):
-        self.problem, self.phi, self.generators = problem, phi, generators
+    def __init__(self, problem, settings, phi, generators, own=slice(None)):
+        self.problem, self.phi, self.generators, self.own = problem, phi, generators, own
         self.num_trajectories = settings["trajectories"]
         options = {key: settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
         self.loss = partial(policies.LOSSES[settings["rl"]], head=problem.head, **options)
@@ -391,59 +464,83 @@ class TaskLoss:
         start = time.perf_counter()
         device = next(iter(params.values())).device
         noise = envs.draw_noise(self.problem.env, self.generators, self.phi.shape[1], self.num_trajectories)
-        noise = {key: x.to(device) for key, x in noise.items()}
-        batch = self.problem.sample(params, self.phi.to(device), noise)
+        noise = {key: x[:, self.own].to(device) for key, x in noise.items()}
+        batch = self.problem.sample(params, self.phi[:, self.own].to(device), noise)
         self.returns.append(batch["rewards"].sum(3).mean(2))
         self.env_steps = self.env_steps + batch["mask"].sum((1, 2, 3)).cpu()
         self.seconds += time.perf_counter() - start
         return self.loss(params, batch)
 
 
-def train_epoch(batch, problem):
+def train_epoch(batch, problem, ranks):
     """One epoch of Algorithm 1 for all runs of the batch; returns their rows for log.csv."""
     start = time.perf_counter()
     settings = batch.settings[0]
+    num_tasks = settings["tasks"]
     tasks_rng, medium_rng = (envs.generators(batch.seeds, stream, batch.epoch) for stream in (TASKS, MEDIUM))
-    phi = envs.sample_tasks(problem.env, tasks_rng, settings["tasks"])  # (S, M, P)
-    task_loss = TaskLoss(problem, settings, phi, tasks_rng)
-    samplers = [task_loss]
+    phi = envs.sample_tasks(problem.env, tasks_rng, num_tasks)  # (S, M, P)
+    task_loss, medium_loss = TaskLoss(problem, settings, phi, tasks_rng, ranks.tasks), None
     base = settings["algo"].removeprefix("directed-")
     meta_learner = partial(maml.META_LEARNERS[base], inner_steps=settings["inner_steps"])
+    meta_learner = over_ranks(meta_learner, ranks, learned_by(batch.optimizer), average=base == "reptile")
     if base != settings["algo"]:
         phi_med = envs.medium_task(problem.env, settings["medium"], phi, medium_rng)  # (S, 1, P)
-        medium_loss = TaskLoss(problem, settings, phi_med, medium_rng)
-        samplers.append(medium_loss)
+        medium_loss = TaskLoss(problem, settings, phi_med, medium_rng)  # every rank: cheaper than waiting for rank 0
         deltas = torch.tensor([s["delta"] for s in batch.settings], dtype=torch.float64)
-        directed.directed(meta_learner, deltas)(batch.theta, medium_loss, task_loss, batch.alpha, settings["tasks"])
+        directed.directed(meta_learner, deltas)(batch.theta, medium_loss, task_loss, batch.alpha, num_tasks)
     else:
-        meta_learner(batch.theta, task_loss, batch.alpha, settings["tasks"])
+        meta_learner(batch.theta, task_loss, batch.alpha, num_tasks)
     batch.optimizer.step()
 
     batch.epoch += 1
-    pre, post = (task_loss.returns[i].mean(1).tolist() for i in (0, -1))  # (S,) each
-    med = medium_loss.returns[0].mean(1).tolist() if len(samplers) == 2 else [None] * len(batch.seeds)
+    pre, post = (task_loss.returns[i].double().sum(1).cpu() / num_tasks for i in (0, -1))  # (S,) each
+    env_steps = task_loss.env_steps.double()
+    ranks.sum([pre, post, env_steps])
+    sample_seconds, med = task_loss.seconds, [None] * len(batch.seeds)
+    if medium_loss is not None:
+        env_steps += medium_loss.env_steps
+        sample_seconds += medium_loss.seconds
+        med = medium_loss.returns[0].mean(1).tolist()
     seconds = time.perf_counter() - start
     rows = []
     for run, totals in enumerate(batch.totals):
-        totals["env_steps"] += sum(int(sampler.env_steps[run]) for sampler in samplers)
+        totals["env_steps"] += int(env_steps[run])
         totals["seconds"] += seconds / len(batch.totals)  # a run's share of the batch's time
-        totals["sample_seconds"] += sum(sampler.seconds for sampler in samplers) / len(batch.totals)
+        totals["sample_seconds"] += sample_seconds / len(batch.totals)
         times = [f"{totals[key]:.4f}" for key in ("seconds", "sample_seconds")]
         returns = ["" if x is None else f"{x:.7g}" for x in (pre[run], post[run], med[run])]
         rows.append([batch.epoch, totals["env_steps"], *times, *returns])
     return rows
 
 
-def evaluate(batch, problem):
+def over_ranks(meta_learner, ranks, learned, average):
+    """The meta-learner on this rank's share of the tasks, all ranks at rank 0's θ, and the sum of their meta-gradients
+    in `.grad` of the parameters `learned`; or the average, for a meta-learner that averages over tasks itself."""
+
+    def sharded_meta_learner(theta, task_loss, alpha, num_tasks):
+        ranks.take_from_first(list(theta.values()))  # after a δ-step, whose rounding may differ between machines
+        meta_learner(theta, task_loss, alpha, num_tasks // ranks.count)
+        ranks.sum([p.grad for p in learned])
+        for p in learned:
+            p.grad /= ranks.count if average else 1
+
+    return meta_learner if ranks.count == 1 else sharded_meta_learner
+
+
+def evaluate(batch, problem, ranks):
     """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps; each run's rows for eval.csv."""
     settings = batch.settings[0]
     grid = envs.held_out_tasks(problem.env)
     rng = envs.generators(batch.seeds, EVALUATION, batch.epoch)
-    task_loss = TaskLoss(problem, settings, grid.expand(len(batch.seeds), *grid.shape), rng)
-    theta = maml.expand(batch.theta, len(grid))
-    adapted = maml.adapt(theta, task_loss, batch.alpha, settings["eval_steps"], second_order=False)
-    task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
-    returns = torch.stack(task_loss.returns, 2).tolist()  # (S, G, steps + 1)
+    task_loss = TaskLoss(problem, settings, grid.expand(len(batch.seeds), *grid.shape), rng, ranks.tasks)
+    returns = torch.zeros(len(batch.seeds), len(grid), settings["eval_steps"] + 1, dtype=torch.float64)
+    own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
+    if own.numel():
+        theta = maml.expand(batch.theta, own.shape[1])
+        adapted = maml.adapt(theta, task_loss, batch.alpha, settings["eval_steps"], second_order=False)
+        task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
+        own.copy_(torch.stack(task_loss.returns, 2))
+    ranks.sum([returns])
     names = [" ".join(f"{x:g}" for x in phi) for phi in grid.tolist()]
     return [
         [
@@ -451,7 +548,7 @@ def evaluate(batch, problem):
             for name, xs in zip(names, run, strict=True)
             for step, x in enumerate(xs)
         ]
-        for run in returns
+        for run in returns.tolist()
     ]
 
 
@@ -461,33 +558,37 @@ def finite_runs(batch):
     return torch.stack(finite).all(0).tolist()
 
 
-def fail_run(batch, run):
-    """Mark a run of the batch as failed; returns the line to say."""
+def fail_run(batch, run, writes):
+    """Mark a run of the batch as failed, where this process writes; returns the line to say."""
     settings = batch.settings[run]
     delta = "" if settings["delta"] is None else f", delta {settings['delta']:g}"
     line = (
         f"{settings['algo']}, seed {settings['seed']}{delta}: a parameter is not finite after epoch {batch.epoch}; "
         "try a smaller --beta, --alpha or --delta"
     )
-    write_atomically(batch.folders[run] / "failed.txt", line + "\n")
+    if writes:
+        write_atomically(batch.folders[run] / "failed.txt", line + "\n")
     return line
 
 
-def train(batch, problem, epochs, eval_every, quiet, stop):
+def train(batch, problem, epochs, eval_every, quiet, stop, ranks):
     """Train a batch to `epochs`; returns a line for each run that failed. Stops early where `stop()` says so."""
     failures = []
+    writes = ranks.rank == 0
     saved = time.perf_counter()
     settings = batch.settings[0]
     name = f"{settings['algo']} x{len(batch.seeds)}" if len(batch.seeds) > 1 else settings["algo"]
-    bar = tqdm(total=epochs, initial=batch.epoch, desc=name, unit="epoch", disable=True if quiet else None)
+    hidden = True if quiet or not writes else None  # None: where there is no terminal
+    bar = tqdm(total=epochs, initial=batch.epoch, desc=name, unit="epoch", disable=hidden)
     with bar:
         while batch.epoch < epochs:
-            rows = train_epoch(batch, problem)
-            for folder, row in zip(batch.folders, rows, strict=True):
-                append_rows(folder / "log.csv", [row])
+            rows = train_epoch(batch, problem, ranks)
+            if writes:
+                for folder, row in zip(batch.folders, rows, strict=True):
+                    append_rows(folder / "log.csv", [row])
             finite = finite_runs(batch)
             if not all(finite):
-                failures += [fail_run(batch, run) for run, good in enumerate(finite) if not good]
+                failures += [fail_run(batch, run, writes) for run, good in enumerate(finite) if not good]
                 kept = [run for run, good in enumerate(finite) if good]
                 if not kept:
                     break
@@ -497,9 +598,12 @@ def train(batch, problem, epochs, eval_every, quiet, stop):
             bar.update()
             stopping = stop()
             if batch.epoch % eval_every == 0 or batch.epoch == epochs:
-                for folder, rows in zip(batch.folders, evaluate(batch, problem), strict=True):
-                    append_rows(folder / "eval.csv", rows)
-            if stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                evaluations = evaluate(batch, problem, ranks)
+                if writes:
+                    for folder, rows in zip(batch.folders, evaluations, strict=True):
+                        append_rows(folder / "eval.csv", rows)
+            due = stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS
+            if writes and due:
                 for folder, state in zip(batch.folders, split(batch), strict=True):
                     save(folder, state)
                 saved = time.perf_counter()
@@ -584,6 +688,18 @@ def watch(folder, phi):
 
 
 def main(argv=None):
+    ranks = None
+    try:
+        ranks = Ranks()
+        command(sys.argv[1:] if argv is None else argv, ranks)
+        ranks.leave()
+    except Failure as failure:
+        if ranks is None or ranks.first_to_fail():
+            print(f"run.py: {failure}", file=sys.stderr)
+        raise SystemExit(failure.code) from None
+
+
+def command(argv, ranks):
     args = parse_args(argv)
     if args.watch is not None:
         return watch(args.watch, args.phi)
@@ -591,30 +707,54 @@ def main(argv=None):
         fail(f"--algo {' '.join(args.algo)}: an algorithm stands twice; name each once", 2)
     env, device = resolve_env(args), resolve_device(args)
     plans = [resolve_runs(args, algo, env) for algo in args.algo]
-    states = {folder: open_run(folder, s, args) for runs in plans for folder, s in runs.items()}  # before any writing
+    check_ranks(args, ranks)
+    states = ranks.object_from_first(  # before any writing
+        lambda: {folder: open_run(folder, settings, args) for runs in plans for folder, settings in runs.items()}
+    )
     keep_memory()
     torch.set_num_threads(args.threads)
     failures = []
-    workers = os.cpu_count() if args.workers is None else args.workers
+
+    def stop():
+        """Whether this rank or another has caught a signal."""
+        caught = torch.tensor([float(len(signals))])
+        ranks.sum([caught])
+        if caught and not signals:
+            signals.append(signal.SIGTERM)
+        return bool(signals)
+
+    cores = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     try:
-        with catch_signals() as signals, open_problem(env, workers) as problem:
+        with catch_signals() as signals, open_problem(env, cores if args.workers is None else args.workers) as problem:
             for group in (group for runs in plans for group in batches(runs, states)):
                 if not signals:
-                    failures += train_group(group, states, problem, args, device, lambda: bool(signals))
+                    failures += train_group(group, states, problem, args, device, stop, ranks)
     except envs.WorkerError as error:
         fail(f"{error}; go on from the last checkpoint with --resume")
     except OSError as error:  # a full disk, a folder that went away or is not ours to write
         fail(f"{error.filename or args.out}: {error.strerror}; mend that and go on with --resume")
-    for line in report.write(root(args)):
-        if not args.quiet:
+    for line in ranks.object_from_first(lambda: report.write(root(args))):
+        if ranks.rank == 0 and not args.quiet:
             print(line)
     if signals:
-        words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
-        fail(f"stopped; go on with: python run.py {shlex.join(words)} --resume", 128 + signals[0])
-    for line in failures[:-1]:
+        words = [word for word in argv if word not in ("--resume", "--overwrite")]
+        start = "python" if ranks.count == 1 else "torchrun .."
+        fail(f"stopped; go on with: {start} run.py {shlex.join(words)} --resume", 128 + signals[0])
+    for line in failures[:-1] if ranks.rank == 0 else ():
         print(f"run.py: {line}", file=sys.stderr)
     if failures:
         fail(failures[-1])
+
+
+def check_ranks(args, ranks):
+    """All ranks must do the same, and have equally many tasks."""
+    if args.tasks % ranks.count:
+        fail(f"--tasks {args.tasks}: {ranks.count} ranks cannot share them evenly; give a multiple of {ranks.count}", 2)
+    own = {key: value for key, value in vars(args).items() if key not in ("out", "workers", "threads", "quiet")}
+    for key, value in ranks.object_from_first(lambda: own).items():
+        if own[key] != value:
+            flag = f"--{key.replace('_', '-')}"
+            fail(f"{flag}: {own[key]} on rank {ranks.rank}, {value} on rank 0; start all with the same command", 2)
 
 
 def batches(runs, states):
@@ -626,13 +766,13 @@ def batches(runs, states):
     return list(groups.values())
 
 
-def train_group(group, states, problem, args, device, stop):
+def train_group(group, states, problem, args, device, stop, ranks):
     """Begin or go on with the runs of a group as one batch; returns a line for each that failed."""
-    for folder, settings in group.items():
+    for folder, settings in group.items() if ranks.rank == 0 else ():
         begin(folder, settings, states[folder], args, problem.env, {"device": device, "runs_in_batch": len(group)})
     begun = [states[folder] or new_state(settings, problem) for folder, settings in group.items()]
     batch = stack(begun, list(group), device)
-    return train(batch, problem, args.epochs or problem.env.epochs, args.eval_every, args.quiet, stop)
+    return train(batch, problem, args.epochs or problem.env.epochs, args.eval_every, args.quiet, stop, ranks)
 
 
 @contextlib.contextmanager
