@@ -62,6 +62,12 @@ class Env:
         return self.actions if isinstance(self.actions, int) else len(self.actions[0])
 
 
+def constants(like, *values):
+    """A vector of numbers on the device and of the dtype of `like`, filled there: a copy from the host would make a GPU
+    wait, and no CUDA graph holds one."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
 def cartpole(phi, noise):
     """gymnasium's CartPole-v1, equations and constants, at gravity φ (m/s²).
 
@@ -71,10 +77,10 @@ def cartpole(phi, noise):
     pole_mass, total_mass, half_length = 0.1, 1.1, 0.5  # kg, kg, m
     pole_moment = pole_mass * half_length
     # Constants as tensors, and fused operations: with Python numbers a step of so small a batch takes twice as long.
-    push = phi.new_tensor([-force / total_mass, force / total_mass])
-    inertia = phi.new_tensor(half_length * 4 / 3)
-    limits = phi.new_tensor([2.4, math.inf, 12 * 2 * math.pi / 360, math.inf])
-    reward = phi.new_tensor(1.0)
+    push = constants(phi, -force / total_mass, force / total_mass)
+    inertia = phi.new_full((), half_length * 4 / 3)
+    limits = constants(phi, 2.4, math.inf, 12 * 2 * math.pi / 360, math.inf)
+    reward = phi.new_ones(())
 
     def step(state, action):
         _, x_dot, angle, angle_dot = state.unbind(-1)
@@ -121,7 +127,7 @@ def crossing(phi, noise):
     speed and 15 m the safe distance; a distance d below 3 m is a collision, which costs 10 and ends the episode.
     """
     dt, best_speed, safe_distance, collision_distance = 0.1, 10.0, 15.0, 3.0  # s, m/s, m, m
-    start = noise.new_tensor([-1.0, 1.0]) * (35 + 10 * noise) / CROSSING_UNIT
+    start = constants(noise, -1.0, 1.0) * (35 + 10 * noise) / CROSSING_UNIT
 
     def step(state, action):
         speed = action[..., 0]
@@ -349,19 +355,22 @@ def draw_noise(env, generators, num_tasks, num_trajectories):
     return {"reset": torch.stack(reset), "action": action.log().neg() if isinstance(env.actions, int) else action}
 
 
+IN_TIME = ("obs", "actions", "rewards", "mask")  # what of a batch has an axis H: (S, M, K, H, ...)
+
+
 @torch.no_grad()
 def rollout(env, act, phi, noise):
     """K trajectories of every task of every run at once, a pure function of (act, phi, noise).
 
     act: (obs (B, K, D), noise (B, K, A)) -> actions; phi: (S, M, P); noise: from `draw_noise`.
-    Returns the batch that policies.py describes. It stops when every episode has ended, H steps at the latest, and
-    holds zeros where an episode had ended before.
+    Returns the batch that policies.py describes, with zeros where an episode had ended before. On a CPU it stops when
+    every episode has ended; on a GPU, which asking would stall at every step, it always takes H steps.
     """
     lead = noise["reset"].shape[:3]  # (S, M, K)
     state, step = env.dynamics(phi.flatten(0, 1).unsqueeze(1), noise["reset"].flatten(0, 1))
     over = torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
     if not isinstance(env.actions, int):
-        low, high = (torch.tensor(bound, device=state.device, dtype=state.dtype) for bound in env.actions)
+        low, high = (constants(state, *bound) for bound in env.actions)
     steps = []  # one (state, action, reward, terminated, over before) for each t
     with torch.inference_mode():  # no_grad would do; this is a seventh faster
         for noise_t in noise["action"].flatten(0, 1).unbind(2):  # (B, K, A)
@@ -370,13 +379,11 @@ def rollout(env, act, phi, noise):
             next_state, reward, terminated, ended = step(state, bounded)
             steps.append((state, action, reward, terminated, over))
             state, over = next_state, over | ended
-            if state.is_cpu and over.all():  # on a GPU, asking would stall it at every step
+            if state.is_cpu and over.all():
                 break
-    batch = [torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True)]  # (S, M, K, H, ...)
-    if not state.is_cpu:
-        length = int((~batch[-1]).sum(-1).max())
-        batch = [x[:, :, :, :length] for x in batch]
-    obs, actions, rewards, terminated, padding = batch
+    obs, actions, rewards, terminated, padding = (
+        torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True)
+    )
     terminated = (terminated & ~padding).any(-1)  # (S, M, K)
     return {
         "obs": obs.masked_fill(padding.unsqueeze(-1), 0.0),
@@ -386,6 +393,45 @@ def rollout(env, act, phi, noise):
         "last_obs": state.unflatten(0, lead[:2]).masked_fill(terminated.unsqueeze(-1), 0.0),
         "terminated": terminated,
     }
+
+
+class CapturedRollout:
+    """`rollout` with act = make_act(params) on a GPU, recorded once for each shape as a CUDA graph and then replayed: a
+    step costs no Python and no launch. Trims the batch to its longest episode, with one wait for the GPU."""
+
+    def __init__(self, env, make_act):
+        self.env, self.make_act, self.graphs = env, make_act, {}
+
+    def __call__(self, params, phi, noise):
+        given = {"phi": phi} | {f"noise {key}": x for key, x in noise.items()} | params
+        shapes = tuple((key, x.shape, x.dtype) for key, x in given.items())
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture({key: x.detach().clone() for key, x in given.items()}, params)
+        graph, inputs, batch = self.graphs[shapes]
+        with torch.no_grad():
+            for key, x in given.items():
+                inputs[key].copy_(x)
+        graph.replay()
+        length = int(batch["mask"].sum(-1).max())
+        return {key: (x[:, :, :, :length] if key in IN_TIME else x).clone() for key, x in batch.items()}
+
+    def capture(self, inputs, params):
+        """A CUDA graph, the tensors that it reads and the batch that it writes."""
+
+        def run():
+            noise = {key: inputs[f"noise {key}"] for key in ("reset", "action")}
+            act = self.make_act({key: inputs[key] for key in params})
+            return rollout(self.env, act, inputs["phi"], noise)
+
+        aside = torch.cuda.Stream()  # as torch asks for: a first run outside the capture, on a stream of its own
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            batch = run()
+        return graph, inputs, batch
 
 
 def frames(name, env, phi, noise, episode):
@@ -485,7 +531,7 @@ class Workers:
         length = max(part["mask"].shape[1] for part in parts.values())
         batch = {}
         for key, x in parts[0].items():
-            in_time = key in ("obs", "actions", "rewards", "mask")
+            in_time = key in IN_TIME
             shape = (length, *x.shape[2:]) if in_time else x.shape[1:]
             batch[key] = np.zeros((math.prod(lead), *shape), x.dtype)
             for index, part in parts.items():

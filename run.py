@@ -128,7 +128,8 @@ def parse_args(argv):
     add("--baseline", "step", "taken from the advantages: each task's mean, or each time step's",
         shown="task; crossing, point, velocity step", choices=policies.BASELINES)
     add("--optimizer", "adam", "of the β-step", "sgd", choices=OPTIMIZERS)
-    add("--device", "cpu", "auto: cuda where there is one", "auto", choices=["auto", "cpu", "cuda"])
+    add("--device", "cpu", "auto: cuda where there is one, but cpu for gymnasium's environments", "auto",
+        choices=["auto", "cpu", "cuda"])
     add("--workers", "4", "processes that step gymnasium environments; 0: this one", shown="the number of cores",
         type=number(int, 0))
     add("--threads", "4", "CPU threads; more than one pays only in large sweeps", 1, type=count)
@@ -180,11 +181,11 @@ def resolve_medium(args, env):
     return phi
 
 
-def resolve_device(args):
+def resolve_device(args, env):
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
     if args.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() and not env.in_workers else "cpu"
     return args.device
 
 
@@ -464,8 +465,11 @@ class TaskLoss:
         start = time.perf_counter()
         device = next(iter(params.values())).device
         noise = envs.draw_noise(self.problem.env, self.generators, self.phi.shape[1], self.num_trajectories)
-        noise = {key: x[:, self.own].to(device) for key, x in noise.items()}
-        batch = self.problem.sample(params, self.phi[:, self.own].to(device), noise)
+        there = "cpu" if self.problem.env.in_workers else device  # gymnasium steps on the CPU
+        noise = {key: x[:, self.own].to(there) for key, x in noise.items()}
+        acting = {key: p.detach().to(there) for key, p in params.items()}
+        batch = self.problem.sample(acting, self.phi[:, self.own].to(there), noise)
+        batch = {key: x.to(device) for key, x in batch.items()}
         self.returns.append(batch["rewards"].sum(3).mean(2))
         self.env_steps = self.env_steps + batch["mask"].sum((1, 2, 3)).cpu()
         self.seconds += time.perf_counter() - start
@@ -673,7 +677,7 @@ def watch(folder, phi):
         fail(f"--phi: expected {len(env.phi)} number(s): {', '.join(env.phi)}", 2)
     rng = envs.generators([settings["seed"]], WATCH)
     batch = stack([state], [folder], "cpu")
-    with open_problem(env, 0) as problem:
+    with open_problem(env, 0, "cpu") as problem:
         task_loss = TaskLoss(problem, settings, phi, rng)
         theta = maml.adapt(batch.theta, task_loss, batch.alpha, settings["inner_steps"], second_order=False)
         noise = envs.draw_noise(env, rng, 1, 1)
@@ -705,7 +709,8 @@ def command(argv, ranks):
         return watch(args.watch, args.phi)
     if len(set(args.algo)) < len(args.algo):
         fail(f"--algo {' '.join(args.algo)}: an algorithm stands twice; name each once", 2)
-    env, device = resolve_env(args), resolve_device(args)
+    env = resolve_env(args)
+    device = resolve_device(args, env)
     plans = [resolve_runs(args, algo, env) for algo in args.algo]
     check_ranks(args, ranks)
     states = ranks.object_from_first(  # before any writing
@@ -724,8 +729,9 @@ def command(argv, ranks):
         return bool(signals)
 
     cores = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    workers = cores if args.workers is None else args.workers
     try:
-        with catch_signals() as signals, open_problem(env, cores if args.workers is None else args.workers) as problem:
+        with catch_signals() as signals, open_problem(env, workers, device) as problem:
             for group in (group for runs in plans for group in batches(runs, states)):
                 if not signals:
                     failures += train_group(group, states, problem, args, device, stop, ranks)
@@ -793,11 +799,13 @@ def catch_signals():
 
 
 @contextlib.contextmanager
-def open_problem(env, workers):
+def open_problem(env, workers, device):
     """The problem, with its worker processes for as long as it is open."""
     head = policies.Categorical(env.actions) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
     make_act = partial(policies.actor, head=head)
-    if workers == 0 or not env.in_workers:
+    if device == "cuda" and not env.in_workers:
+        yield Problem(env, head, envs.CapturedRollout(env, make_act))
+    elif workers == 0 or not env.in_workers:
         yield Problem(env, head, lambda params, phi, noise: envs.rollout(env, make_act(params), phi, noise))
     else:
         with envs.Workers(env, workers) as processes:

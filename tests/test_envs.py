@@ -1,16 +1,19 @@
 """Dynamics against gymnasium and by hand; rollouts as pure functions; tasks, streams and bounds."""
 
 import math
+from functools import partial
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import envs
 import maml
 import policies
-from envs import ENVS, draw_noise, generators, held_out_tasks, make, medium_task, rollout, sample_tasks
+from envs import ENVS, CapturedRollout, draw_noise, generators, held_out_tasks, make, medium_task, rollout, sample_tasks
 
 CARTPOLE = ENVS["cartpole"]
 TORCH_ENVS = [name for name, env in ENVS.items() if not env.in_workers]
@@ -228,6 +231,50 @@ def test_permuting_tasks_permutes_results():
     straight = rollout(CARTPOLE, act, phi, noise)
     permuted = rollout(CARTPOLE, act, phi[:, order], {key: x[:, order] for key, x in noise.items()})
     assert all(torch.equal(straight[key][:, order], permuted[key]) for key in straight)
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Fails on a copy from the host: a GPU would wait, and no graph hold it. (To it, meta tensors fail anyway.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), function
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            assert not isinstance(x, torch.Tensor) or x.is_meta, function
+        return result
+
+
+def trained_on(name, device, S=2, M=3, K=4):
+    """A fresh policy's make_act, its parameters (S, M, ...), and φ and noise for one rollout, on a device."""
+    env, rng = ENVS[name], generators(range(S), 0)
+    head = policies.Categorical(2) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
+    params = maml.expand(policies.init(env.obs_dim, head, rng), M)
+    phi, noise = sample_tasks(env, rng, M).to(device), draw_noise(env, rng, M, K)
+    params, noise = ({key: x.detach().to(device) for key, x in d.items()} for d in (params, noise))
+    return env, partial(policies.actor, head=head), params, phi, noise
+
+
+@pytest.mark.parametrize("name", TORCH_ENVS)
+def test_a_rollout_on_a_device_asks_nothing_of_the_host(name):
+    env, make_act, params, phi, noise = trained_on(name, "meta")
+    with NothingFromTheHost():
+        batch = rollout(env, make_act(params), phi, noise)
+    assert batch["mask"].shape == (2, 3, 4, env.horizon)  # it did not stop early, which it cannot know
+    with pytest.raises(AssertionError), NothingFromTheHost():  # what it must not do is noticed
+        phi.new_tensor([1.0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", TORCH_ENVS)
+def test_a_captured_rollout_is_the_rollout(name):
+    env, make_act, params, phi, noise = trained_on(name, "cuda")
+    captured = CapturedRollout(env, make_act)
+    for _ in range(3):  # captured, replayed, replayed with other inputs
+        eager = rollout(env, make_act(params), phi, noise)
+        length = int(eager["mask"].sum(-1).max())
+        for key, x in captured(params, phi, noise).items():
+            torch.testing.assert_close(x, eager[key][:, :, :, :length] if key in envs.IN_TIME else eager[key])
+        phi, noise = phi.flip(1), {key: x.flip(2) for key, x in noise.items()}
 
 
 # --- randomness ---
