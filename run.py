@@ -395,7 +395,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = re.sub(r"^\[\S*\] ", "", str(error).strip()).split(". ")[0]  # without where in torch's source
             fail(f"rank {self.rank}: another rank stopped ({reason}); start all again with --resume")
 
     def sum(self, tensors):
@@ -756,7 +756,7 @@ def check_ranks(args, ranks):
     """All ranks must do the same, and have equally many tasks."""
     if args.tasks % ranks.count:
         fail(f"--tasks {args.tasks}: {ranks.count} ranks cannot share them evenly; give a multiple of {ranks.count}", 2)
-    own = {key: value for key, value in vars(args).items() if key not in ("out", "workers", "threads", "quiet")}
+    own = {key: value for key, value in vars(args).items() if key not in ("workers", "threads", "quiet")}
     for key, value in ranks.object_from_first(lambda: own).items():
         if own[key] != value:
             flag = f"--{key.replace('_', '-')}"
