@@ -56,6 +56,7 @@ class Env:
     epochs: int
     defaults: dict = field(default_factory=dict)  # where those of run.py do not fit
     in_workers: bool = False  # worth sampling in processes of their own: gymnasium's environments
+    task_dist: str = "uniform"  # ρ over Φ, one of TASK_DISTS
 
     @property
     def action_dim(self):
@@ -259,20 +260,22 @@ def make(name, names=None, bounds=None, horizon=None):
     else:
         env = gymnasium_env(name, names, horizon)
     if bounds is not None:
-        shown = f"--range {' '.join(f'{x:g}' for x in bounds)}"
-        if len(bounds) != 2 * len(env.phi):
-            raise ValueError(
-                f"{shown}: expected LOW HIGH for each of {len(env.phi)} parameter(s): {', '.join(env.phi)}"
-            )
-        low, high = tuple(bounds[::2]), tuple(bounds[1::2])
-        if not all(math.isfinite(x) for x in bounds) or any(a > b for a, b in zip(low, high, strict=True)):
-            raise ValueError(f"{shown}: expected finite numbers, LOW first and not above HIGH")
-        env = replace(env, low=low, high=high)
+        check_bounds("--range", bounds, env.phi)
+        env = replace(env, low=tuple(bounds[::2]), high=tuple(bounds[1::2]))
     elif not env.low:
         raise ValueError(f"--env {name}: give the range of {', '.join(env.phi)}, e.g. --range 5 15")
     if isinstance(env.dynamics, Gymnasium):
         env.dynamics.check(env.low, env.high)
     return env if horizon is None else replace(env, horizon=horizon)
+
+
+def check_bounds(flag, bounds, phi):
+    """Raises ValueError where `bounds` is not LOW HIGH for each component of φ."""
+    shown = f"{flag} {' '.join(f'{x:g}' for x in bounds)}"
+    if len(bounds) != 2 * len(phi):
+        raise ValueError(f"{shown}: expected LOW HIGH for each of {len(phi)} parameter(s): {', '.join(phi)}")
+    if not all(map(math.isfinite, bounds)) or any(a > b for a, b in zip(bounds[::2], bounds[1::2], strict=True)):
+        raise ValueError(f"{shown}: expected finite numbers, LOW first and not above HIGH")
 
 
 def gymnasium_env(env_id, names, horizon):
@@ -314,29 +317,51 @@ def gymnasium_env(env_id, names, horizon):
 # --- tasks ---
 
 
+# The distribution ρ of a component of φ within its range, as a function of u ~ U[0, 1), and its mean.
+TASK_DISTS = {
+    "uniform": (lambda u: u, 0.5),
+    "bimodal": (lambda u: torch.where(u < 0.5, 0.4 * u, 0.6 + 0.4 * u), 0.5),  # the lowest or the highest fifth
+    "skewed": (lambda u: u**3, 0.25),  # most near the low end
+}
+
+
 def sample_tasks(env, generators, num_tasks):
-    """M tasks for each run, φ ~ U(Φ): (S, M, P)."""
+    """M tasks for each run, φ ~ ρ: (S, M, P)."""
     low, high = torch.tensor(env.low), torch.tensor(env.high)
     draws = torch.stack([torch.rand(num_tasks, len(env.low), generator=g) for g in generators])
-    return low + (high - low) * draws
+    return low + (high - low) * TASK_DISTS[env.task_dist][0](draws)
 
 
 def medium_task(env, medium, phi, generators):
-    """φ_med (S, 1, P). medium: mean of Φ (Eq. 3), sampled: mean of the tasks `phi` (S, M, P) (Eq. 4), random: a task
-    drawn anew (the control: same cost, no direction), or the P numbers of a φ."""
+    """φ_med (S, 1, P). medium: mean of ρ (Eq. 3), sampled: mean of the tasks `phi` (S, M, P) (Eq. 4), median: their
+    geometric median, random: a task drawn anew (the control: same cost, no direction), or the P numbers of a φ."""
     if medium == "mean":
-        medium = [(low + high) / 2 for low, high in zip(env.low, env.high, strict=True)]
+        mean = TASK_DISTS[env.task_dist][1]
+        medium = [low + (high - low) * mean for low, high in zip(env.low, env.high, strict=True)]
     elif medium == "sampled":
         return phi.mean(1, keepdim=True)
+    elif medium == "median":
+        return geometric_median(phi)
     elif medium == "random":
         return sample_tasks(env, generators, 1)
     return torch.tensor(medium).expand(len(phi), 1, -1)
 
 
-def held_out_tasks(env):
-    """A fixed grid over Φ, its ends included: (G, P), 11 values of one parameter, 5 of each of several."""
-    count = 11 if len(env.low) == 1 else 5
-    axes = [np.linspace(low, high, count) for low, high in zip(env.low, env.high, strict=True)]
+def geometric_median(points, iterations=100):
+    """The point (S, 1, P) with the least sum of distances to `points` (S, M, P), by Weiszfeld's iteration."""
+    median = points.mean(1, keepdim=True)
+    for _ in range(iterations):
+        weights = 1 / ((points - median).norm(dim=-1, keepdim=True) + 1e-9)
+        median = (weights * points).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    return median
+
+
+def held_out_tasks(env, bounds=None):
+    """A fixed grid over Φ, or over `bounds` [low, high] for each component of φ, ends included: (G, P), 11 values of
+    one parameter, 5 of each of several."""
+    low, high = (env.low, env.high) if bounds is None else (bounds[::2], bounds[1::2])
+    count = 11 if len(low) == 1 else 5
+    axes = [np.linspace(*ends, count) for ends in zip(low, high, strict=True)]
     return torch.tensor(list(itertools.product(*axes)), dtype=torch.get_default_dtype())
 
 

@@ -24,11 +24,15 @@ MARKERS = "osD^vPX*<>"
 
 def ema(values, factor=EMA):
     """Exponential moving average, started at the first value."""
-    smooth, out = values[0], []
-    for value in values:
-        smooth = factor * smooth + (1 - factor) * value
-        out.append(smooth)
+    out = [values[0]]
+    for value in values[1:]:
+        out.append(smoothed(out[-1], value, factor))
     return np.array(out)
+
+
+def smoothed(average, value, factor=EMA):
+    """The next exponential moving average; the first, from None, is the value."""
+    return value if average is None else factor * average + (1 - factor) * value
 
 
 def iqm(values, axis=0):

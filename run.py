@@ -120,8 +120,12 @@ def parse_args(argv):
         shown="cartpole 175; lunarlander 100; crossing 38; point -2; velocity -5", type=float)
     add("--inner-steps", "3", "gradient steps of an adaptation", shown="1; reptile 5", type=count)
     add("--hidden", "100 100", "widths of the tanh layers", [64, 64], "64 64", nargs="+", type=count)
-    add("--medium", "sampled", "medium task: mean of Φ, mean of the sampled tasks, a random task each epoch, or a φ",
-        ["mean"], "mean", nargs="+")
+    add("--medium", "sampled", "medium task: mean of ρ; sampled or median: mean or geometric median of the epoch's "
+        "tasks; random: a random task each epoch; or a φ", ["mean"], "mean", nargs="+")
+    add("--delta-schedule", "decay", "constant; decay: δ / (1 + epoch / 100); converged: 0 once the smoothed return is "
+        "over the threshold", "constant", choices=DELTA_SCHEDULES)
+    add("--task-dist", "bimodal", "ρ over Φ: uniform; bimodal: its lowest and highest fifth; skewed: most near LOW",
+        "uniform", choices=envs.TASK_DISTS)
     add("--range", "5 15", "Φ: LOW HIGH for each component of φ", shown="the environment's",
         nargs="+", type=float, metavar="BOUND")
     add("--estimator", "dice", "of the meta-gradient's second-order terms", "lvc", choices=policies.ESTIMATORS)
@@ -134,6 +138,8 @@ def parse_args(argv):
         type=number(int, 0))
     add("--threads", "4", "CPU threads; more than one pays only in large sweeps", 1, type=count)
     add("--eval-every", "10", "epochs between evaluations", 50, type=count)
+    add("--eval-range", "0 20", "the held-out tasks' range, LOW HIGH for each component of φ", shown="Φ",
+        nargs="+", type=float, metavar="BOUND")
     add("--eval-steps", "1", "evaluate after 0, 1, .. this many inner steps", 3, type=count)
     add("--out", "/tmp/runs", "folder of all runs", Path("runs"), type=Path)
     add("--watch", "runs/cartpole-pg/maml/seed1 --phi 12", "show one episode of that run's policy, adapted to a task",
@@ -150,6 +156,7 @@ def parse_args(argv):
     return args
 
 
+DELTA_SCHEDULES = ["constant", "decay", "converged"]
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 TABLE_I = {"alpha": 0.001, "beta": 0.001, "delta": 0.005, "inner_steps": 1, "baseline": "task"}
 # Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
@@ -160,14 +167,21 @@ def resolve_env(args):
     """The task family with --param, --range, --horizon and --threshold applied."""
     try:
         env = envs.make(args.env, args.param, args.range, args.horizon)
+        if args.eval_range is not None:
+            envs.check_bounds("--eval-range", args.eval_range, env.phi)
     except ValueError as error:
         fail(error, 2)
-    return env if args.threshold is None else replace(env, threshold=args.threshold)
+    env = replace(env, task_dist=args.task_dist)
+    if args.threshold is not None:
+        env = replace(env, threshold=args.threshold)
+    if args.delta_schedule == "converged" and env.threshold is None:
+        fail("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
+    return env
 
 
 def resolve_medium(args, env):
     """--medium as one of the words, or a φ as a list of numbers."""
-    if args.medium in (["mean"], ["sampled"], ["random"]):
+    if args.medium in (["mean"], ["sampled"], ["median"], ["random"]):
         return args.medium[0]
     try:
         phi = [float(x) for x in args.medium]
@@ -175,7 +189,7 @@ def resolve_medium(args, env):
         phi = []
     if len(phi) != len(env.low) or not all(map(math.isfinite, phi)):
         fail(
-            f"--medium {' '.join(args.medium)}: expected mean, sampled, random or {len(env.low)} number(s): "
+            f"--medium {' '.join(args.medium)}: expected mean, sampled, median, random or {len(env.low)} number(s): "
             + ", ".join(env.phi), 2,
         )  # fmt: skip
     return phi
@@ -199,7 +213,8 @@ def resolve_runs(args, algo, env):
     base = algo.removeprefix("directed-")
     defaults = TABLE_I | env.defaults | (REPTILE if base == "reptile" else {})
     given = {key: value for key in defaults if (value := getattr(args, key)) is not None}
-    plain = "env param rl gamma gae_lambda tasks trajectories hidden estimator optimizer eval_steps"
+    plain = "env param task_dist rl gamma gae_lambda tasks trajectories hidden estimator optimizer eval_steps"
+    plain += " eval_range delta_schedule"
     common = {"algo": algo} | {key: getattr(args, key) for key in plain.split()} | defaults | given
     common |= {"horizon": env.horizon, "low": list(env.low), "high": list(env.high)}
     common["medium"] = resolve_medium(args, env)
@@ -207,6 +222,7 @@ def resolve_runs(args, algo, env):
     own_step = args.beta_alpha or common["alpha"] * common["beta"]
     common["beta_alpha"] = own_step if base == "meta-sgd" else None
     deltas = (args.delta or [defaults["delta"]]) if algo != base else [None]
+    common["delta_until"] = env.threshold if args.delta_schedule == "converged" else None
     for flag, values in (("--seed", args.seed), ("--delta", deltas)):
         if len(set(values)) < len(values):
             fail(f"{flag} {' '.join(map(str, values))}: a value stands twice; name each once", 2)
@@ -292,7 +308,9 @@ class Batch:
     theta: dict
     alpha: dict | float  # a dict where it is learned: Meta-SGD
     optimizer: torch.optim.Optimizer
-    totals: list  # one dict a run: env_steps, seconds, sample_seconds
+    totals: (
+        list  # one dict a run: env_steps, seconds, sample_seconds; smoothed (return_post), converged (for delta_until)
+    )
 
     @property
     def device(self):
@@ -315,7 +333,7 @@ def new_state(settings, problem):
         "theta": theta,
         "alpha": maml.learned_alpha(theta, settings["alpha"]) if meta_sgd else settings["alpha"],
         "optimizer": {},
-        "totals": {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0},
+        "totals": {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": None, "converged": False},
     }
 
 
@@ -490,7 +508,7 @@ def train_epoch(batch, problem, ranks):
     if base != settings["algo"]:
         phi_med = envs.medium_task(problem.env, settings["medium"], phi, medium_rng)  # (S, 1, P)
         medium_loss = TaskLoss(problem, settings, phi_med, medium_rng)  # every rank: cheaper than waiting for rank 0
-        deltas = torch.tensor([s["delta"] for s in batch.settings], dtype=torch.float64)
+        deltas = torch.tensor([delta_of(batch, run) for run in range(len(batch.seeds))], dtype=torch.float64)
         directed.directed(meta_learner, deltas)(batch.theta, medium_loss, task_loss, batch.alpha, num_tasks)
     else:
         meta_learner(batch.theta, task_loss, batch.alpha, num_tasks)
@@ -509,12 +527,23 @@ def train_epoch(batch, problem, ranks):
     rows = []
     for run, totals in enumerate(batch.totals):
         totals["env_steps"] += int(env_steps[run])
+        totals["smoothed"] = report.smoothed(totals["smoothed"], float(post[run]))
+        if settings["delta_until"] is not None:
+            totals["converged"] |= totals["smoothed"] > settings["delta_until"]
         totals["seconds"] += seconds / len(batch.totals)  # a run's share of the batch's time
         totals["sample_seconds"] += sample_seconds / len(batch.totals)
         times = [f"{totals[key]:.4f}" for key in ("seconds", "sample_seconds")]
         returns = ["" if x is None else f"{x:.7g}" for x in (pre[run], post[run], med[run])]
         rows.append([batch.epoch, totals["env_steps"], *times, *returns])
     return rows
+
+
+def delta_of(batch, run):
+    """δ of a run at this epoch."""
+    settings = batch.settings[run]
+    if settings["delta_schedule"] == "decay":
+        return settings["delta"] / (1 + batch.epoch / 100)
+    return 0.0 if batch.totals[run]["converged"] else settings["delta"]
 
 
 def over_ranks(meta_learner, ranks, learned, average):
@@ -534,7 +563,7 @@ def over_ranks(meta_learner, ranks, learned, average):
 def evaluate(batch, problem, ranks):
     """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps; each run's rows for eval.csv."""
     settings = batch.settings[0]
-    grid = envs.held_out_tasks(problem.env)
+    grid = envs.held_out_tasks(problem.env, settings["eval_range"])
     rng = envs.generators(batch.seeds, EVALUATION, batch.epoch)
     task_loss = TaskLoss(problem, settings, grid.expand(len(batch.seeds), *grid.shape), rng, ranks.tasks)
     returns = torch.zeros(len(batch.seeds), len(grid), settings["eval_steps"] + 1, dtype=torch.float64)
@@ -672,6 +701,7 @@ def watch(folder, phi):
     settings = state["settings"]
     bounds = [x for pair in zip(settings["low"], settings["high"], strict=True) for x in pair]
     env = envs.make(settings["env"], settings["param"], bounds, settings["horizon"])
+    env = replace(env, task_dist=settings["task_dist"])
     phi = envs.medium_task(env, "mean", torch.empty(1), None) if phi is None else torch.tensor([[phi]])
     if phi.shape[-1] != len(env.phi):
         fail(f"--phi: expected {len(env.phi)} number(s): {', '.join(env.phi)}", 2)

@@ -1,6 +1,7 @@
 """Dynamics against gymnasium and by hand; rollouts as pure functions; tasks, streams and bounds."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import gymnasium
@@ -318,6 +319,39 @@ def test_medium_tasks():
     drawn = [medium_task(CARTPOLE, "random", phi, rng) for _ in range(2)]
     assert drawn[0].shape == (2, 1, 1) and not torch.equal(*drawn)
     assert torch.equal(medium_task(ENVS["point"], [0.1, 0.2], phi, rng), torch.tensor([[[0.1, 0.2]]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("dist", "mean", "below_a_fifth"),
+    [("uniform", 0.5, 0.2), ("bimodal", 0.5, 0.5), ("skewed", 0.25, 0.2 ** (1 / 3))],  # u³ < 0.2
+)
+def test_task_distributions_have_their_mean_and_shape(dist, mean, below_a_fifth):
+    env = replace(CARTPOLE, task_dist=dist)
+    share = (sample_tasks(env, generators([1], 0), 40_000) - 5) / 10
+    assert share.min() >= 0 and share.max() <= 1
+    assert share.mean().item() == pytest.approx(mean, abs=0.01)
+    assert (share < 0.2).float().mean().item() == pytest.approx(below_a_fifth, abs=0.01)
+    if dist == "bimodal":
+        assert not ((share > 0.2) & (share < 0.8)).any()
+    assert medium_task(env, "mean", torch.zeros(1, 1, 1), None).item() == pytest.approx(5 + 10 * mean)
+
+
+def test_the_geometric_median_has_the_least_sum_of_distances_and_in_one_dimension_is_the_median():
+    points = torch.randn(3, 7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    median = medium_task(ENVS["point"], "median", points, None)  # (3, 1, 2)
+
+    def distances(x):
+        return (points - x).norm(dim=-1).sum(1)
+
+    for direction in torch.eye(2, dtype=torch.float64):
+        for step in (-1e-3, 1e-3):
+            assert (distances(median) <= distances(median + step * direction)).all()
+    line = torch.tensor([[[6.0], [5.5], [14.0], [14.5], [15.0]]])
+    assert medium_task(CARTPOLE, "median", line, None).item() == pytest.approx(14.0, abs=0.02)
+
+
+def test_held_out_grids_may_reach_beyond_phi():
+    assert held_out_tasks(CARTPOLE, [0, 20]).flatten().tolist() == [2.0 * i for i in range(11)]
 
 
 def test_held_out_grids_cover_phi():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import report
 import run
 
 REPOSITORY = Path(__file__).parent.parent
@@ -146,6 +147,26 @@ def test_delta_zero_is_the_undirected_twin_epoch_by_epoch(tmp_path):
 
 
 # --- resume ---
+
+
+def test_delta_decays_or_ends_at_convergence_for_each_run_by_itself(tmp_path):
+    """δ_t = δ / (1 + t / 100), t epochs done; 0 after the EMA 0.9 of return_post has once been above the threshold."""
+    settings = {"delta": 0.1, "delta_schedule": "decay"}
+    batch = run.Batch([], [settings], 50, {}, 0.1, None, [{"converged": False}])
+    assert run.delta_of(batch, 0) == pytest.approx(0.1 / 1.5)
+
+    words = ("--seed", 1, 2, 3)
+    go(tmp_path / "on", *words, algo="directed-fomaml", epochs=12)
+    logs = {seed: rows(next((tmp_path / "on").rglob(f"seed{seed}/log.csv"))) for seed in (1, 2, 3)}
+    averages = {seed: report.ema([float(row["return_post"]) for row in log]) for seed, log in logs.items()}
+    threshold = sorted(average[:6].max() for average in averages.values())[1]  # one run of three passes in 6 epochs
+    go(tmp_path / "off", *words, "--threshold", threshold, "--delta-schedule", "converged", algo="directed-fomaml",
+       epochs=12)  # fmt: skip
+    for seed, log in logs.items():
+        got = rows(next((tmp_path / "off").rglob(f"seed{seed}/log.csv")))
+        over = [epoch for epoch, average in enumerate(averages[seed]) if average > threshold]
+        same = over[0] + 1 if over else 12  # rows until the run passed: the δ-step after it is the first to be left out
+        assert got[:same] == log[:same] and (same >= 11 or got[same + 1 :] != log[same + 1 :])
 
 
 @pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "reptile"])
@@ -292,8 +313,8 @@ def test_watching_what_is_not_there_is_refused(tmp_path, capsys):
         (["--alpha", "0"], "'0': expected a number > 0"),
         (["--range", "15", "5"], "--range 15 5: expected finite numbers, LOW first"),
         (["--range", "5"], "--range 5: expected LOW HIGH for each of 1 parameter(s)"),
-        (["--medium", "9", "8"], "--medium 9 8: expected mean, sampled, random or 1 number(s): gravity (m/s²)"),
-        (["--medium", "middle"], "--medium middle: expected mean, sampled, random"),
+        (["--medium", "9", "8"], "--medium 9 8: expected mean, sampled, median, random or 1 number(s): gravity (m/s²)"),
+        (["--medium", "middle"], "--medium middle: expected mean, sampled, median, random"),
         (["--seed", "1", "1"], "--seed 1 1: a value stands twice"),
         (["--seed", "-1"], "'-1': expected a whole number >= 0"),
         (["--estimator", "best"], "invalid choice: 'best'"),
