@@ -4,9 +4,12 @@ Statistics over seeds as rliable does them (Agarwal et al. 2021): the interquart
 bootstrap intervals.
 """
 
+import contextlib
 import csv
+import io
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -46,29 +49,118 @@ def interval(values, axis=0):
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
 
 
+# --- files: whoever reads one sees the old content or the new, never half of it ---
+
+
+@contextlib.contextmanager
+def named(path):
+    """What the system refuses while a file is open, e.g. for a full disk, names the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def sync(path):
+    """Have a file's content on the disk."""
+    with named(path), open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_durably(path, data):
+    """bytes or text -> a new file, on the disk when this returns; none where that fails."""
+    path.unlink(missing_ok=True)  # it may be a link to elsewhere, in a folder from a stranger
+    try:
+        with named(path), open(path, "xb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path, data):
+    """bytes or text -> path, by way of a file beside it."""
+    aside = path.with_name(path.name + ".tmp")
+    write_durably(aside, data)
+    os.replace(aside, path)
+
+
 # --- reading ---
 
 
 def read(root):
-    """All runs under root: {label: [run, ..]}, a run a dict of config, log columns, and evaluation rows."""
-    groups = {}
+    """All runs under root, {label: [run, ..]}, and a line for each that is left out, for it cannot be read."""
+    groups, left_out, phi = {}, [], None
     for path in sorted(Path(root).glob("**/config.json")):
-        config = json.loads(path.read_text())
-        log = read_csv(path.with_name("log.csv"))
-        if not log:
+        try:
+            run = read_run(path.parent)
+            phi = phi or run["config"]["phi"]
+            if run["config"]["phi"] != phi:
+                raise ValueError(f"{path}: its φ is {run['config']['phi']}, that of the runs before {phi}")
+        except ValueError as error:
+            left_out.append(f"{error}; the run is left out of the report")
             continue
-        run = {
-            "config": config,
-            "failed": path.with_name("failed.txt").exists(),
-            "log": {key: np.array([float(row[key] or "nan") for row in log]) for key in log[0]},
-            "eval": read_csv(path.with_name("eval.csv")),
-        }
-        groups.setdefault((config["algo"], config["delta"]), []).append(run)
+        if len(run["log"]["epoch"]):
+            groups.setdefault((run["config"]["algo"], run["config"]["delta"]), []).append(run)
     labels = {}
     for (algo, delta), runs in sorted(groups.items(), key=by_twins):
         several = sum(other == algo for other, _ in groups) > 1
-        labels[f"{algo}, δ = {delta:g}" if several else algo] = runs
-    return labels
+        labels[f"{algo}, δ = {delta:g}" if several and delta is not None else algo] = runs
+    return labels, left_out
+
+
+def read_run(folder):
+    """A run: config, log columns, rows of evaluation, and whether it failed. Raises ValueError that names the file."""
+    run = {"failed": (folder / "failed.txt").exists()}
+    for name, parse in (("config.json", parse_config), ("log.csv", parse_log), ("eval.csv", parse_evaluation)):
+        path = folder / name
+        try:
+            run[path.stem] = parse(path.read_text(encoding="utf-8") if path.exists() else "")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
+    return run
+
+
+def parse_config(text):
+    config = json.loads(text)
+    number = (int, float, type(None))
+    kinds = {"env": str, "rl": str, "algo": str, "phi": list, "delta": number, "threshold": number, "inner_steps": int}
+    for key, kind in (kinds | {"eval_steps": int}).items():
+        if not isinstance(config[key], kind):
+            raise ValueError(f"{key} is {config[key]!r}")
+    if config["algo"].removeprefix("directed-") not in COLOURS:
+        raise ValueError(f"algo is {config['algo']!r}")
+    return config
+
+
+def parse_rows(text):
+    """The rows of a CSV file as dicts; a last one may be half there, while another process writes or after a crash."""
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines(), restkey="more", restval=None))
+    if any("more" in row or None in row.values() for row in rows):
+        raise ValueError("a row has other columns than the header")
+    return rows
+
+
+def parse_log(text):
+    rows = parse_rows(text)
+    keys = rows[0] if rows else ["epoch"]
+    log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in keys}
+    if rows and not {"epoch", "env_steps", "seconds", "return_post"} <= log.keys():
+        raise ValueError("a column is missing")
+    return log
+
+
+def parse_evaluation(text):
+    """The complete evaluations."""
+    rows = parse_rows(text)
+    for row in rows:
+        int(row["step"]), float(row["return"]), [float(x) for x in row["phi"].split()]
+    counts = Counter(row["epoch"] for row in rows)
+    return [row for row in rows if counts[row["epoch"]] == max(counts.values())]
 
 
 def by_twins(group):
@@ -76,13 +168,6 @@ def by_twins(group):
     algo, delta = group[0]
     base = algo.removeprefix("directed-")
     return list(COLOURS).index(base), algo != base, delta or 0.0
-
-
-def read_csv(path):
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def convergence(run):
@@ -209,6 +294,12 @@ def style(labels, ramp):
     return looks
 
 
+def save_figure(figure, path):
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_atomically(path, picture.getvalue())
+
+
 def draw_curves(plt, labels, path):
     """Fig. 2 and 3: smoothed return after adaptation against epochs, one line an algorithm."""
     config = next(iter(labels.values()))[0]["config"]
@@ -234,7 +325,7 @@ def draw_curves(plt, labels, path):
     )
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -246,6 +337,7 @@ def held_out(runs):
         rows = [r for r in run["eval"] if r["epoch"] == last]
         phi = np.array([[float(x) for x in r["phi"].split()] for r in rows if r["step"] == "0"])
         returns.append(np.array([float(r["return"]) for r in rows]).reshape(len(phi), -1).T)
+    returns = [r[: min(map(len, returns))] for r in returns]  # --eval-steps may differ
     if phi.shape[1] == 1:
         return phi[:, 0], np.stack(returns)
     distance = np.linalg.norm(phi - phi.mean(0), axis=1).round(9)
@@ -287,7 +379,7 @@ def draw_adaptation(plt, labels, path):
         lowest.tick_params(labelbottom=True)
     figure.supylabel("mean return (undiscounted)", fontsize=10)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
     return True
 
@@ -302,7 +394,9 @@ def animate(pictures, episode, env, phi, path):
     pictures = draw_positions(episode, env, phi) if pictures is None else pictures
     images = [Image.fromarray(picture) for picture in pictures]
     images = [image.resize((image.width // 2, image.height // 2)) for image in images]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
+    animation = io.BytesIO()
+    images[0].save(animation, format="GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
+    write_atomically(path, animation.getvalue())
 
 
 def draw_positions(episode, env, phi):
@@ -340,22 +434,25 @@ def draw_positions(episode, env, phi):
 
 
 def write(root):
-    """Rewrite report.md and the figures under root from all runs there; returns lines that say what was written."""
+    """Rewrite report.md and the figures under root from all runs there; returns lines that say what was written, and
+    lines that say what was left out."""
     root = Path(root)
-    labels = read(root)
+    labels, left_out = read(root)
     if not labels:
-        return [f"{root}: no run with a log, so no report"]
-    (root / "report.md").write_text(text(labels), encoding="utf-8")
+        return [f"{root}: no run with a log, so no report"], left_out
+    write_atomically(root / "report.md", text(labels) + "".join(f"\n{line}.\n" for line in left_out))
     lines = [f"wrote {root / 'report.md'}"]
     try:
         import matplotlib
     except ImportError:
-        return [*lines, "no figures: matplotlib is not installed (pip install matplotlib, then the same with --resume)"]
+        remedy = "pip install matplotlib, then the same with --resume"
+        return [*lines, f"no figures: matplotlib is not installed ({remedy})"], left_out
     matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     import matplotlib.pyplot as plt
 
     draw_curves(plt, labels, root / "curves.png")
     lines.append(f"wrote {root / 'curves.png'}")
     if draw_adaptation(plt, labels, root / "adaptation.png"):
         lines.append(f"wrote {root / 'adaptation.png'}")
-    return lines
+    return lines, left_out

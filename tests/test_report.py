@@ -113,15 +113,15 @@ def test_figures_are_drawn(tmp_path, phi):
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "a" / "seed1", "maml", None, [1.0, 2.0], phi=phi)
     write_run(tmp_path / "b" / "seed1", "directed-maml", 0.1, [1.0, 2.0], phi=phi)
-    lines = report.write(tmp_path)
-    assert len(lines) == 3
+    lines, left_out = report.write(tmp_path)
+    assert len(lines) == 3 and left_out == []
     for name in ("curves.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_held_out_returns_of_a_plane_are_averaged_over_equal_distance(tmp_path):
     write_run(tmp_path / "seed1", "maml", None, [1.0], phi=("goal x (m)", "goal y (m)"))
-    x, returns = report.held_out(report.read(tmp_path)["maml"])
+    x, returns = report.held_out(report.read(tmp_path)[0]["maml"])
     np.testing.assert_allclose(x, [0, 1])
     np.testing.assert_allclose(returns, [[[10, 10], [11, 11], [12, 12]]])
 
@@ -135,6 +135,6 @@ def test_without_matplotlib_one_line_says_how_to_get_the_figures(experiment, mon
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    lines = report.write(experiment)
+    lines, _ = report.write(experiment)
     assert len(lines) == 2 and "pip install matplotlib" in lines[1]
     assert (experiment / "report.md").exists() and not (experiment / "curves.png").exists()
