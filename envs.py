@@ -4,6 +4,7 @@ Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M. Every
 front (`draw_noise`), so a rollout is a pure function of the policy's parameters, φ and noise.
 """
 
+import contextlib
 import copy
 import difflib
 import itertools
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from numbers import Real
 
 import gymnasium
 import numpy as np
@@ -199,25 +201,35 @@ class Gymnasium:
 
         return torch.from_numpy(obs.copy()), step
 
-    def check(self, low, high, steps=200):
-        """Raises ValueError where one seed and one sequence of actions give the same episode at both ends of Φ."""
+    def check(self, low, high):
+        """Raises ValueError where an end of Φ makes the environment fail, or one seed and one sequence of actions give
+        the same episode at both ends."""
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
         for i, name in enumerate(self.names):
             episodes = []
             for value in (low[i], high[i]):
-                episode = [self.reset(0, [*middle[:i], value, *middle[i + 1 :]], seed=0).tolist()]
-                self.lanes[0].action_space.seed(0)
-                over = low[i] == high[i]
-                while not over and len(episode) <= steps:
-                    obs, reward, terminated, truncated, _ = self.lanes[0].step(self.lanes[0].action_space.sample())
-                    episode.append([*obs.ravel().tolist(), reward])
-                    over = terminated or truncated
-                episodes.append(episode)
+                try:
+                    episodes.append(self.random_episode([*middle[:i], value, *middle[i + 1 :]]))
+                except Exception as error:  # whatever it may raise at values that it was not written for
+                    raise ValueError(
+                        f"--range: {self.env_id} fails at {name} = {value:g} ({first_line(error)}); give another range"
+                    ) from error
             if episodes[0] == episodes[1] and low[i] < high[i]:
                 raise ValueError(
                     f"{self.env_id}: {name} = {low[i]:g} and {high[i]:g} give the same episode, so it is no task "
                     "parameter; name an attribute that the environment reads at every step"
                 )
+
+    def random_episode(self, phi, steps=200):
+        """What is seen and paid under random actions, always the same ones."""
+        episode = [self.reset(0, phi, seed=0).tolist()]
+        self.lanes[0].action_space.seed(0)
+        over = False
+        while not over and len(episode) <= steps:
+            obs, reward, terminated, truncated, _ = self.lanes[0].step(self.lanes[0].action_space.sample())
+            episode.append([*obs.ravel().tolist(), reward])
+            over = terminated or truncated
+        return episode
 
 
 ENVS = {
@@ -278,23 +290,33 @@ def check_bounds(flag, bounds, phi):
         raise ValueError(f"{shown}: expected finite numbers, LOW first and not above HIGH")
 
 
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def hint(word, known, choices):
+    """What to say of an unknown word: the nearest known one, or else the choices."""
+    close = difflib.get_close_matches(word, known, 1, 0.5) or difflib.get_close_matches(word.lower(), known, 1)
+    return f"did you mean {close[0]}?" if close else f"choose from {choices}"
+
+
 def gymnasium_env(env_id, names, horizon):
     """A task family from any gymnasium id with box observations and discrete or bounded box actions; Φ is to be set."""
     if env_id not in gymnasium.registry and ":" not in env_id:  # module:id imports the module first
-        known = [*ENVS, *gymnasium.registry]
-        close = difflib.get_close_matches(env_id, known, 1, 0.5) or difflib.get_close_matches(env_id.lower(), ENVS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(ENVS)}, or a gymnasium id"
-        raise ValueError(f"--env {env_id}: unknown environment; {hint}")
+        remedy = hint(env_id, [*ENVS, *gymnasium.registry], f"{', '.join(ENVS)}, or a gymnasium id")
+        raise ValueError(f"--env {env_id}: unknown environment; {remedy}")
     try:
         probe = gymnasium.make(env_id)
     except Exception as error:  # whatever a constructor may raise: it is shown
-        raise ValueError(f"--env {env_id}: gymnasium cannot make it: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--env {env_id}: gymnasium cannot make it: {first_line(error)}") from error
     numbers = [key for key, x in vars(probe.unwrapped).items() if isinstance(x, (int, float)) and key[0] != "_"]
     if not names:
         raise ValueError(f"--env {env_id}: say which attribute is φ with --param, one of: {', '.join(numbers)}")
     for name in names:
-        if not hasattr(probe.unwrapped, name):
-            raise ValueError(f"--param {name}: {env_id} has no such attribute; its numbers are: {', '.join(numbers)}")
+        if not isinstance(getattr(probe.unwrapped, name, None), Real):
+            raise ValueError(f"--param {name}: {env_id} has no such number; its numbers are: {', '.join(numbers)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--param {' '.join(names)}: an attribute stands twice; name each once")
     spaces = gymnasium.spaces
     observation, action = probe.observation_space, probe.action_space
     if not isinstance(observation, spaces.Box):
@@ -515,7 +537,6 @@ class Shard(gymnasium.Env):
     def rollout(self, make_act, params, phi, noise):
         """numpy arrays in, the batch of this worker's trajectories out: (n, ...), None, or what went wrong."""
         torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process: it finishes the epoch
         try:
             params, noise = ({key: torch.from_numpy(x) for key, x in d.items()} for d in (params, noise))
             others = torch.arange(noise["reset"][..., 0].numel()) % self.count != self.index
@@ -529,6 +550,20 @@ class Shard(gymnasium.Env):
             return f"{type(error).__name__}: {error}"
 
 
+@contextlib.contextmanager
+def signals_blocked():
+    """Ctrl-C and SIGTERM are for the main process, which finishes the epoch: a terminal and a batch system send them to
+    all. Processes started meanwhile never see them; those that come meanwhile are delivered at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class WorkerError(RuntimeError):
     """A worker process died, or an environment in it failed."""
 
@@ -539,7 +574,11 @@ class Workers:
     def __init__(self, env, count):
         shards = [partial(Shard, env, index, count) for index in range(count)]
         # spawn: on every system alike, and a worker whose main process dies notices it and ends
-        self.processes = gymnasium.vector.AsyncVectorEnv(shards, shared_memory=False, context="spawn")
+        try:
+            with signals_blocked():
+                self.processes = gymnasium.vector.AsyncVectorEnv(shards, shared_memory=False, context="spawn")
+        except EOFError as error:
+            raise WorkerError("a sampling worker died while it started") from error
 
     def rollout(self, make_act, params, phi, noise):
         """As `rollout` with act = make_act(params); make_act must be importable. Raises WorkerError."""
@@ -566,7 +605,7 @@ class Workers:
 
     def close(self):
         for process in self.processes.processes:
-            process.terminate()
+            process.kill()
             process.join()
         self.processes.closed = True
 

@@ -1,12 +1,19 @@
-"""The run folders of one experiment -> report.md, curves.png and adaptation.png. Needs numpy; figures need matplotlib.
+"""The run folders of one experiment -> report.md, its figures, and the numbers behind both: summary.csv, curves.csv.
+
+Needs numpy; figures need matplotlib. `python report.py FILE.md ..` fills the tables of Markdown files, see `fill`.
 
 Statistics over seeds as rliable does them (Agarwal et al. 2021): the interquartile mean (IQM), and 95% percentile
 bootstrap intervals.
 """
 
+import contextlib
 import csv
+import io
 import json
 import math
+import os
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +24,7 @@ RESAMPLES = 1000
 # Okabe & Ito's colours, told apart by colour-blind readers; line style and marker tell the rest.
 COLOURS = {"maml": "#0072B2", "fomaml": "#D55E00", "meta-sgd": "#009E73", "reptile": "#CC79A7"}
 MARKERS = "osD^vPX*<>"
+DIRECTED = ["directed-" + algo for algo in COLOURS]
 
 
 # --- statistics ---
@@ -31,8 +39,8 @@ def ema(values, factor=EMA):
 
 
 def smoothed(average, value, factor=EMA):
-    """The next exponential moving average; the first, from None, is the value."""
-    return value if average is None else factor * average + (1 - factor) * value
+    """The next exponential moving average; the first, after NaN, is the value."""
+    return value if math.isnan(average) else factor * average + (1 - factor) * value
 
 
 def iqm(values, axis=0):
@@ -50,29 +58,118 @@ def interval(values, axis=0):
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
 
 
+# --- files: whoever reads one sees the old content or the new, never half of it ---
+
+
+@contextlib.contextmanager
+def named(path):
+    """What the system refuses while a file is open, e.g. for a full disk, names the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def sync(path):
+    """Have a file's content on the disk."""
+    with named(path), open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_durably(path, data):
+    """bytes or text -> a new file, on the disk when this returns; none where that fails."""
+    path.unlink(missing_ok=True)  # it may be a link to elsewhere, in a folder from a stranger
+    try:
+        with named(path), open(path, "xb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path, data):
+    """bytes or text -> path, by way of a file beside it."""
+    aside = path.with_name(path.name + ".tmp")
+    write_durably(aside, data)
+    os.replace(aside, path)
+
+
 # --- reading ---
 
 
 def read(root):
-    """All runs under root: {label: [run, ..]}, a run a dict of config, log columns, and evaluation rows."""
-    groups = {}
+    """All runs under root, {label: [run, ..]}, and a line for each that is left out, for it cannot be read."""
+    groups, left_out, phi = {}, [], None
     for path in sorted(Path(root).glob("**/config.json")):
-        config = json.loads(path.read_text())
-        log = read_csv(path.with_name("log.csv"))
-        if not log:
+        try:
+            run = read_run(path.parent)
+            phi = phi or run["config"]["phi"]
+            if run["config"]["phi"] != phi:
+                raise ValueError(f"{path}: its φ is {run['config']['phi']}, that of the runs before {phi}")
+        except ValueError as error:
+            left_out.append(f"{error}; the run is left out of the report")
             continue
-        run = {
-            "config": config,
-            "failed": path.with_name("failed.txt").exists(),
-            "log": {key: np.array([float(row[key] or "nan") for row in log]) for key in log[0]},
-            "eval": read_csv(path.with_name("eval.csv")),
-        }
-        groups.setdefault((config["algo"], config["delta"]), []).append(run)
+        if len(run["log"]["epoch"]):
+            groups.setdefault((run["config"]["algo"], run["config"]["delta"]), []).append(run)
     labels = {}
     for (algo, delta), runs in sorted(groups.items(), key=by_twins):
         several = sum(other == algo for other, _ in groups) > 1
-        labels[f"{algo}, δ = {delta:g}" if several else algo] = runs
-    return labels
+        labels[f"{algo}, δ = {delta:g}" if several and delta is not None else algo] = runs
+    return labels, left_out
+
+
+def read_run(folder):
+    """A run: config, log columns, rows of evaluation, and whether it failed. Raises ValueError that names the file."""
+    run = {"failed": (folder / "failed.txt").exists()}
+    for name, parse in (("config.json", parse_config), ("log.csv", parse_log), ("eval.csv", parse_evaluation)):
+        path = folder / name
+        try:
+            run[path.stem] = parse(path.read_text(encoding="utf-8") if path.exists() else "")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
+    return run
+
+
+def parse_config(text):
+    config = json.loads(text)
+    number = (int, float, type(None))
+    kinds = {"env": str, "rl": str, "algo": str, "phi": list, "delta": number, "threshold": number, "inner_steps": int}
+    for key, kind in (kinds | {"eval_steps": int}).items():
+        if not isinstance(config[key], kind):
+            raise ValueError(f"{key} is {config[key]!r}")
+    if config["algo"].removeprefix("directed-") not in COLOURS:
+        raise ValueError(f"algo is {config['algo']!r}")
+    return config
+
+
+def parse_rows(text):
+    """The rows of a CSV file as dicts; a last one may be half there, while another process writes or after a crash."""
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines(), restkey="more", restval=None))
+    if any("more" in row or None in row.values() for row in rows):
+        raise ValueError("a row has other columns than the header")
+    return rows
+
+
+def parse_log(text):
+    rows = parse_rows(text)
+    keys = rows[0] if rows else ["epoch"]
+    log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in keys}
+    if rows and not {"epoch", "env_steps", "seconds", "return_post"} <= log.keys():
+        raise ValueError("a column is missing")
+    return log
+
+
+def parse_evaluation(text):
+    """The complete evaluations."""
+    rows = parse_rows(text)
+    for row in rows:
+        int(row["step"]), float(row["return"]), [float(x) for x in row["phi"].split()]
+    counts = Counter(row["epoch"] for row in rows)
+    return [row for row in rows if counts[row["epoch"]] == max(counts.values())]
 
 
 def by_twins(group):
@@ -82,13 +179,6 @@ def by_twins(group):
     return list(COLOURS).index(base), algo != base, delta or 0.0
 
 
-def read_csv(path):
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def convergence(run):
     """Index of the first epoch whose smoothed return_post is over the environment's threshold, or None."""
     threshold = run["config"]["threshold"]
@@ -96,96 +186,177 @@ def convergence(run):
     return None if run["failed"] or not len(over) else int(over[0])
 
 
+# --- a line of numbers for each run ---
+
+
+def summarise(label, run):
+    """What the tables need of a run: {column of summary.csv: value}."""
+    config, log = run["config"], run["log"]
+    seconds = np.diff(log["seconds"], prepend=0)
+    at = convergence(run)
+    returns = log["return_post"]
+    adapted = min(config["inner_steps"], config["eval_steps"])
+    return {
+        "label": label,
+        "algo": config["algo"],
+        "seed": config["seed"],
+        "failed": int(run["failed"]),
+        "epochs": len(returns),
+        "seconds_mean": seconds.mean(),
+        "seconds_std": seconds.std(),
+        **{
+            f"{key}_to_convergence": math.inf if at is None else log[key][at]
+            for key in ("epoch", "env_steps", "seconds")
+        },
+        "final_return": returns[-max(len(returns) // 10, 1) :].mean(),
+        "spread": returns[-100:].std(),
+        "held_out_before": held_out_return(run, 0),
+        "held_out_after": held_out_return(run, adapted),
+    }
+
+
+def held_out_return(run, step):
+    """Mean over the held-out grid after `step` inner steps, at the last evaluation; NaN where there was none."""
+    rows = [row for row in run["eval"] if row["epoch"] == run["eval"][-1]["epoch"] and int(row["step"]) == step]
+    return np.mean([float(row["return"]) for row in rows]) if rows else math.nan
+
+
+def summary(labels):
+    """summary.csv: a row for each run, all that the tables are made of."""
+    rows = [summarise(label, run) for label, runs in labels.items() for run in runs]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{x:.8g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def read_summary(text):
+    """summary.csv -> {label: {column: values of its runs}}."""
+    labels = {}
+    for row in csv.DictReader(text.splitlines()):
+        columns = labels.setdefault(row["label"], {})
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value if key in ("label", "algo") else float(value))
+    return labels
+
+
 # --- the table ---
 
 
-def plus_minus(values, form="{:.3g}"):
-    return f"{form.format(np.mean(values))} ± {form.format(np.std(values).round(9))}"
+def plus_minus(mean, std, form="{:.3g}"):
+    return f"{form.format(mean)} ± {form.format(round(std, 9))}"
 
 
 def with_interval(values, form="{:.4g}"):
-    """IQM [low, high]; what was never reached counts as infinite and shows as such."""
+    """IQM [low, high]; what was never reached counts as infinite and shows as such; – where there is nothing."""
+    values = [x for x in values if not math.isnan(x)]
+    if not values:
+        return "–"
     low, high = interval(values)
     return "{} [{}, {}]".format(*(form.format(x) if math.isfinite(x) else "never" for x in (iqm(values), low, high)))
 
 
-def final_return(run):
-    """Mean return after adaptation over the last tenth of the epochs."""
-    values = run["log"]["return_post"]
-    return values[-max(len(values) // 10, 1) :].mean()
+def improvement(ours, theirs):
+    """The probability that a run of ours needs less than one of theirs, ties half, with its 95% bootstrap interval."""
+    ours, theirs = np.array(ours), np.array(theirs)
+    wins = (ours[:, None] < theirs) + 0.5 * (ours[:, None] == theirs)
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(len(x), size=(RESAMPLES, len(x))) for x in (ours, theirs)]
+    means = np.sort(wins[draws[0][:, :, None], draws[1][:, None, :]].mean((1, 2)))
+    return f"{wins.mean():.2f} [{means[int(0.025 * RESAMPLES)]:.2f}, {means[int(0.975 * RESAMPLES)]:.2f}]"
 
 
-def held_out_return(run, step):
-    """Mean over the held-out grid after `step` inner steps, at the last evaluation."""
-    rows = [row for row in run["eval"] if row["epoch"] == run["eval"][-1]["epoch"] and int(row["step"]) == step]
-    return np.mean([float(row["return"]) for row in rows])
-
-
-def reached(runs, key):
-    """What each run had spent of a log column when it converged; infinite where it never did."""
-    return [math.inf if (at := convergence(run)) is None else run["log"][key][at] for run in runs]
-
-
-def row(label, runs, twins):
-    """One line of the table; twins: the runs of the same algorithm without the δ-step, or None."""
-    good = [run for run in runs if not run["failed"]]
-    seconds = [np.diff(run["log"]["seconds"], prepend=0) for run in runs]
-    epochs = reached(runs, "epoch")
-    evaluated = [run for run in good if run["eval"]]
-    steps = (0, min(runs[0]["config"]["inner_steps"], runs[0]["config"]["eval_steps"]))
-    lengths = sorted({len(run["log"]["epoch"]) for run in runs})
-    ratio = "–"
+def cells(label, runs, twins):
+    """A line of the table: {column: text}; runs: the columns of summary.csv; twins: those of the same algorithm without
+    the δ-step, or None."""
+    good = [i for i, failed in enumerate(runs["failed"]) if not failed]
+    count, failed = len(runs["failed"]), len(runs["failed"]) - len(good)
+    epochs, means, stds = (np.array(runs[key]) for key in ("epochs", "seconds_mean", "seconds_std"))
+    mean = np.average(means, weights=epochs)
+    std = math.sqrt(np.average(stds**2 + (means - mean) ** 2, weights=epochs))  # of all epochs of all runs
+    spent = [f"{key}_to_convergence" for key in ("epoch", "env_steps", "seconds")]
+    ratio = faster = "–"
     if twins:
-        pairs = [(iqm(reached(twins, key)), iqm(reached(runs, key))) for key in ("epoch", "env_steps", "seconds")]
+        pairs = [(iqm(twins[key]), iqm(runs[key])) for key in spent]
         ratio = ", ".join(f"{a / b:.2f}×" if math.isfinite(a) and math.isfinite(b) else "–" for a, b in pairs)
-    cells = [
-        label,
-        f"{len(runs)}" + (f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""),
-        "-".join(map(str, lengths[:: len(lengths) - 1] if len(lengths) > 1 else lengths)),
-        plus_minus(np.concatenate(seconds)),
-        plus_minus([1000 * x.mean() for x in seconds]),
-        f"{sum(map(math.isfinite, epochs))}/{len(runs)}",
-        with_interval(epochs),
-        with_interval(reached(runs, "env_steps"), "{:.3g}"),
-        with_interval(reached(runs, "seconds"), "{:.3g}"),
-        with_interval([final_return(run) for run in good]) if good else "–",
-        *(with_interval([held_out_return(run, n) for run in evaluated]) if evaluated else "–" for n in steps),
-        ratio,
-    ]
-    return "| " + " | ".join(cells) + " |"
+        faster = improvement(runs[spent[0]], twins[spent[0]])
+    returns = ("final_return", "spread", "held_out_before", "held_out_after")
+    return {
+        "algorithm": label,
+        "runs": f"{count}" + (f" ({failed} failed)" if failed else ""),
+        "epochs trained": "-".join(f"{x:g}" for x in sorted({min(epochs), max(epochs)})),
+        "s per epoch": plus_minus(mean, std),
+        "s per 1000 epochs": plus_minus(1000 * means.mean(), 1000 * means.std()),
+        "converged": f"{sum(map(math.isfinite, runs[spent[0]]))}/{count}",
+        "epochs to convergence": with_interval(runs[spent[0]]),
+        "env steps to convergence": with_interval(runs[spent[1]], "{:.3g}"),
+        "s to convergence": with_interval(runs[spent[2]], "{:.3g}"),
+        **{
+            column: with_interval([runs[key][i] for i in good])
+            for column, key in zip(
+                ("final return", "spread", "held-out before", "held-out after"), returns, strict=True
+            )
+        },
+        "speed-up by δ: epochs, steps, s": ratio,
+        "P(fewer epochs by δ)": faster,
+    }
 
 
-HEADER = [
-    "algorithm", "runs", "epochs trained", "s per epoch", "s per 1000 epochs", "converged", "epochs to convergence",
-    "env steps to convergence", "s to convergence", "final return", "held-out before", "held-out after",
-    "speed-up by δ: epochs, steps, s",
-]  # fmt: skip
+def markdown(lines):
+    """A table of lines that are dicts with the same columns."""
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def table(labels):
-    """The paper's Table II for these runs, in Markdown."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    """The paper's Table II of a summary, in Markdown."""
+    lines = []
     for label, runs in labels.items():
-        algo = runs[0]["config"]["algo"]
-        twins = labels.get(algo.removeprefix("directed-")) if algo.startswith("directed-") else None
-        lines.append(row(label, runs, twins))
-    return "\n".join(lines)
+        algo = runs["algo"][0]
+        lines.append(cells(label, runs, labels.get(algo.removeprefix("directed-")) if algo in DIRECTED else None))
+    return markdown(lines)
 
 
-def text(labels):
+def fill(path):
+    """Rewrite the tables of a Markdown file: each stands below a comment with its columns, and its lines as {name:
+    folder/label}, folders with a summary.csv beside the file:
+
+    <!-- report {"columns": ["epochs to convergence"], "lines": {"fomaml": "cartpole-pg/fomaml"}} -->
+    """
+    path = Path(path)
+
+    def filled(match):
+        wanted = json.loads(match[2])
+        lines = []
+        for name, place in wanted["lines"].items():
+            folder, label = place.split("/", 1)
+            runs = read_summary((path.parent / folder / "summary.csv").read_text(encoding="utf-8"))
+            algo = runs[label]["algo"][0]
+            twins = runs.get(algo.removeprefix("directed-")) if algo in DIRECTED else None
+            line = cells(name, runs[label], twins)
+            lines.append({column: line[column] for column in ("algorithm", *wanted["columns"])})
+        return f"{match[1]}\n{markdown(lines)}\n"
+
+    text = path.read_text(encoding="utf-8")
+    write_atomically(path, re.sub(r"(<!-- report (\{.*\}) -->)\n(?:\|.*\n)*", filled, text))
+
+
+def text(labels, table):
     config = next(iter(labels.values()))[0]["config"]
     threshold = "a threshold, here not given" if config["threshold"] is None else f"{config['threshold']:g}"
     return f"""# {config["env"]}, {config["rl"]}
 
-{table(labels)}
+{table}
 
 Seconds: training time, evaluation excluded, as mean ± standard deviation, of an epoch over all epochs, of 1000 over
 runs; runs trained in one batch share its time evenly. Convergence: the first epoch at which the mean return after
 adaptation, smoothed (EMA {EMA}), is above {threshold}; a run that never gets there counts as infinite ("never") and is
-not dropped. Final return: mean return after adaptation over the last tenth of the epochs. Held-out: mean return over
-the fixed grid of tasks at the last evaluation, before adaptation and after as many inner steps as in training (at most
-{config["eval_steps"]}). Convergence and returns are interquartile means over seeds with 95% bootstrap intervals.
-Speed-up: the undirected twin's interquartile mean over this one's.
+not dropped. Final return: mean return after adaptation over the last tenth of the epochs; spread: its standard
+deviation over the last 100. Held-out: mean return over the fixed grid of tasks at the last evaluation, before
+adaptation and after as many inner steps as in training (at most {config["eval_steps"]}). Convergence and returns are
+interquartile means over seeds with 95% bootstrap intervals. Speed-up: the undirected twin's interquartile mean over
+this one's; P: the probability that a run with the δ-step needs fewer epochs than one without.
 """
 
 
@@ -213,32 +384,57 @@ def style(labels, ramp):
     return looks
 
 
+def save_figure(figure, path):
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_atomically(path, picture.getvalue())
+
+
+AGAINST = {"epoch": "epoch", "env_steps": "environment steps", "seconds": "seconds of training"}
+
+
+def curve(runs, key, points=200):
+    """Smoothed return after adaptation against a log column: (x, IQM, low, high), (points,) each.
+
+    It ends where the first run ends; one that failed keeps its last return.
+    """
+    ends = [run["log"][key][-1] for run in runs if not run["failed"]] or [max(run["log"][key][-1] for run in runs)]
+    x = np.linspace(max(run["log"][key][0] for run in runs), min(ends), points)
+    smooth = np.stack([np.interp(x, run["log"][key], ema(run["log"]["return_post"])) for run in runs])
+    return x, iqm(smooth), *interval(smooth)
+
+
+def curves(labels):
+    """curves.csv: the lines of curves.png at 40 points each."""
+    lines = ["label,against,x,iqm,low,high"]
+    for label, runs in labels.items():
+        for key in AGAINST:
+            for numbers in zip(*curve(runs, key, 40), strict=True):
+                lines.append(f'"{label}",{key},' + ",".join(f"{x:.4g}" for x in numbers))
+    return "\n".join(lines) + "\n"
+
+
 def draw_curves(plt, labels, path):
-    """Fig. 2 and 3: smoothed return after adaptation against epochs, one line an algorithm."""
+    """Fig. 2 and 3: smoothed return after adaptation against epochs, env steps and seconds, one line an algorithm."""
     config = next(iter(labels.values()))[0]["config"]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for offset, (look, runs) in enumerate(
-        zip(style(labels, plt.get_cmap("viridis")).values(), labels.values(), strict=True)
-    ):
-        length = min(len(run["log"]["epoch"]) for run in runs)
-        curves = np.stack([ema(run["log"]["return_post"][:length]) for run in runs])
-        epochs = runs[0]["log"]["epoch"][:length]
-        low, high = interval(curves)
-        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-        every = max(length // 12, 1)
-        axes.plot(epochs, iqm(curves), markevery=(offset * every // len(labels), every), **look)
-    if (threshold := config["threshold"]) is not None:
-        axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
-        axes.annotate(f"convergence: {threshold:g}", (0.995, threshold), (0, -3), color="0.35", ha="right", va="top",
-                      fontsize=8, xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
-    axes.set(
-        title=f"{config['env']}, {config['rl']}: interquartile mean over seeds, 95% bootstrap interval",
-        xlabel="epoch",
-        ylabel=f"mean return after adaptation (undiscounted, EMA {EMA})",
-    )
-    axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure, panels = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", sharey=True)
+    looks = style(labels, plt.get_cmap("viridis"))
+    for axes, (key, name) in zip(panels, AGAINST.items(), strict=True):
+        for offset, (label, runs) in enumerate(labels.items()):
+            x, middle, low, high = curve(runs, key)
+            axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.15, linewidth=0)
+            axes.plot(x, middle, markevery=(offset * 16 // len(labels), 16), **looks[label])
+        if (threshold := config["threshold"]) is not None:
+            axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
+            axes.annotate(f"convergence: {threshold:g}", (0.995, threshold), (0, -3), ha="right", va="top", fontsize=8,
+                          color="0.35", xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
+        axes.set(xlabel=name)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"mean return after adaptation (undiscounted, EMA {EMA})")
+    figure.suptitle(f"{config['env']}, {config['rl']}: interquartile mean over seeds, 95% bootstrap interval")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -250,6 +446,7 @@ def held_out(runs):
         rows = [r for r in run["eval"] if r["epoch"] == last]
         phi = np.array([[float(x) for x in r["phi"].split()] for r in rows if r["step"] == "0"])
         returns.append(np.array([float(r["return"]) for r in rows]).reshape(len(phi), -1).T)
+    returns = [r[: min(map(len, returns))] for r in returns]  # --eval-steps may differ
     if phi.shape[1] == 1:
         return phi[:, 0], np.stack(returns)
     distance = np.linalg.norm(phi - phi.mean(0), axis=1).round(9)
@@ -291,7 +488,7 @@ def draw_adaptation(plt, labels, path):
         lowest.tick_params(labelbottom=True)
     figure.supylabel("mean return (undiscounted)", fontsize=10)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
     return True
 
@@ -306,7 +503,9 @@ def animate(pictures, episode, env, phi, path):
     pictures = draw_positions(episode, env, phi) if pictures is None else pictures
     images = [Image.fromarray(picture) for picture in pictures]
     images = [image.resize((image.width // 2, image.height // 2)) for image in images]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
+    animation = io.BytesIO()
+    images[0].save(animation, format="GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
+    write_atomically(path, animation.getvalue())
 
 
 def draw_positions(episode, env, phi):
@@ -344,22 +543,34 @@ def draw_positions(episode, env, phi):
 
 
 def write(root):
-    """Rewrite report.md and the figures under root from all runs there; returns lines that say what was written."""
+    """Rewrite report.md, summary.csv, curves.csv and the figures under root from all runs there; returns lines that say
+    what was written, and lines that say what was left out."""
     root = Path(root)
-    labels = read(root)
+    labels, left_out = read(root)
     if not labels:
-        return [f"{root}: no run with a log, so no report"]
-    (root / "report.md").write_text(text(labels), encoding="utf-8")
+        return [f"{root}: no run with a log, so no report"], left_out
+    numbers = summary(labels)
+    write_atomically(root / "summary.csv", numbers)
+    write_atomically(root / "curves.csv", curves(labels))
+    body = text(labels, table(read_summary(numbers)))
+    write_atomically(root / "report.md", body + "".join(f"\n{line}.\n" for line in left_out))
     lines = [f"wrote {root / 'report.md'}"]
     try:
         import matplotlib
     except ImportError:
-        return [*lines, "no figures: matplotlib is not installed (pip install matplotlib, then the same with --resume)"]
+        remedy = "pip install matplotlib, then the same with --resume"
+        return [*lines, f"no figures: matplotlib is not installed ({remedy})"], left_out
     matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     import matplotlib.pyplot as plt
 
     draw_curves(plt, labels, root / "curves.png")
     lines.append(f"wrote {root / 'curves.png'}")
     if draw_adaptation(plt, labels, root / "adaptation.png"):
         lines.append(f"wrote {root / 'adaptation.png'}")
-    return lines
+    return lines, left_out
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        fill(name)

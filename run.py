@@ -37,24 +37,56 @@ import maml
 import policies
 import report
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ALGORITHMS = [*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS)]
 LOG_FIELDS = ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med"]
 EVAL_FIELDS = ["epoch", "phi", "step", "return"]
 INIT, TASKS, MEDIUM, EVALUATION, WATCH = range(5)  # the number streams of envs.generators
+CHECKPOINT, ASIDE = "checkpoint.pt", "checkpoint.pt.tmp"
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 CHECKPOINT_FORMAT = 1
 
 
-class Failure(Exception):
-    """What `main` says in one line on standard error before it exits with `code`: 2 for usage, else 1."""
+# --- what is wrong ends here ---
 
-    def __init__(self, message, code):
-        super().__init__(message)
-        self.code = code
+
+class Failure(Exception):
+    """Ends the command: one clear line, and an exit code."""
 
 
 def fail(message, code=1):
     raise Failure(message, code)
+
+
+@contextlib.contextmanager
+def one_clear_line():
+    """Whatever is wrong, with the command or with the machine, ends in one line on standard error and an exit code; of
+    several ranks, the one that failed first says it. Yields this process's `Ranks`."""
+    ranks = None
+    try:
+        ranks = Ranks()
+        yield ranks
+        ranks.leave()
+        return
+    except Failure as error:
+        line, code = error.args
+    except envs.WorkerError as error:
+        line, code = f"{error}; go on from the last checkpoint with --resume", 1
+    except OSError as error:  # a full disk, a folder that went away or is not ours to write
+        line, code = f"{error.filename or 'files'}: {error.strerror or error}; mend that and go on with --resume", 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        line, code = "out of memory; give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 1
+    except KeyboardInterrupt:  # outside of training, which ends in its own time
+        line, code = "stopped; go on with --resume", 128 + signal.SIGINT
+    if ranks is None or ranks.first_to_fail():
+        print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
+    raise SystemExit(code)
 
 
 # --- the command line ---
@@ -65,7 +97,18 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)", code=2)
 
 
-def number(kind, low, high=math.inf, above=False):
+def one_of(choices):
+    """An argparse type: one of these words; the nearest is suggested for another."""
+
+    def parse(text):
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r}: {envs.hint(text, choices, ', '.join(choices))}")
+        return text
+
+    return parse
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False):
     """An argparse type: a finite number of `kind` from `low` (exclusive where `above`) to `high`."""
 
     def parse(text):
@@ -75,9 +118,9 @@ def number(kind, low, high=math.inf, above=False):
         except (ValueError, OverflowError):
             good = False
         if not good:
-            what = "a whole number" if kind is int else "a number"
-            upto = f" and <= {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {what} {'>' if above else '>='} {low:g}{upto}")
+            what = "whole number" if kind is int else "number"
+            bounds = [f" {'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f" <= {high:g}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a finite {what}{' and'.join(bounds)}")
         return value
 
     return parse
@@ -92,6 +135,8 @@ def parse_args(argv):
 
     def add(flag, example, text, default=None, shown=None, **options):
         shown = "" if shown is None and default is None else f" (default {shown or default})"
+        if choices := options.pop("choices", None):
+            options = {"type": one_of(choices), "metavar": "{" + ",".join(choices) + "}"} | options
         parser.add_argument(flag, default=default, help=f"{text}{shown}; e.g. {flag} {example}", **options)
 
     count, step_size = number(int, 1), number(float, 0, above=True)
@@ -117,7 +162,7 @@ def parse_args(argv):
         shown="cartpole 200; lunarlander 400; crossing 60; point, velocity 20; gymnasium's", type=count)
     add("--epochs", "1000", "E", shown="cartpole, crossing 400; point, velocity 200; else 500", type=count)
     add("--threshold", "175", "mean return from which a run counts as converged",
-        shown="cartpole 175; lunarlander 100; crossing 38; point -2; velocity -5", type=float)
+        shown="cartpole 175; lunarlander 100; crossing 38; point -2; velocity -5", type=number(float))
     add("--inner-steps", "3", "gradient steps of an adaptation", shown="1; reptile 5", type=count)
     add("--hidden", "100 100", "widths of the tanh layers", [64, 64], "64 64", nargs="+", type=count)
     add("--medium", "sampled", "medium task: mean of ρ; sampled or median: mean or geometric median of the epoch's "
@@ -127,7 +172,7 @@ def parse_args(argv):
     add("--task-dist", "bimodal", "ρ over Φ: uniform; bimodal: its lowest and highest fifth; skewed: most near LOW",
         "uniform", choices=envs.TASK_DISTS)
     add("--range", "5 15", "Φ: LOW HIGH for each component of φ", shown="the environment's",
-        nargs="+", type=float, metavar="BOUND")
+        nargs="+", type=number(float), metavar="BOUND")
     add("--estimator", "dice", "of the meta-gradient's second-order terms", "lvc", choices=policies.ESTIMATORS)
     add("--baseline", "step", "taken from the advantages: each task's mean, or each time step's",
         shown="task; crossing, point, velocity step", choices=policies.BASELINES)
@@ -135,8 +180,8 @@ def parse_args(argv):
     add("--device", "cpu", "auto: cuda where there is one, but cpu for gymnasium's environments", "auto",
         choices=["auto", "cpu", "cuda"])
     add("--workers", "4", "processes that step gymnasium environments; 0: this one", shown="the number of cores",
-        type=number(int, 0))
-    add("--threads", "4", "CPU threads; more than one pays only in large sweeps", 1, type=count)
+        type=number(int, 0, 1024))
+    add("--threads", "4", "CPU threads; more than one pays only in large sweeps", 1, type=number(int, 1, 1024))
     add("--eval-every", "10", "epochs between evaluations", 50, type=count)
     add("--eval-range", "0 20", "the held-out tasks' range, LOW HIGH for each component of φ", shown="Φ",
         nargs="+", type=float, metavar="BOUND")
@@ -144,19 +189,42 @@ def parse_args(argv):
     add("--out", "/tmp/runs", "folder of all runs", Path("runs"), type=Path)
     add("--watch", "runs/cartpole-pg/maml/seed1 --phi 12", "show one episode of that run's policy, adapted to a task",
         type=Path, metavar="RUN")
-    add("--phi", "12", "the task to watch", shown="the mean task", nargs="+", type=float)
+    add("--phi", "12", "the task to watch", shown="the mean task", nargs="+", type=number(float))
     # fmt: on
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with runs that exist, e.g. with more --epochs")
     existing.add_argument("--overwrite", action="store_true", help="start runs that exist anew")
     parser.add_argument("--quiet", action="store_true", help="no progress, only errors")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'flags begin with --')}")
     if args.watch is None and (args.env is None or args.algo is None):
         parser.error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
+    check_pairs(args)
     return args
 
 
 DELTA_SCHEDULES = ["constant", "decay", "converged"]
+
+
+def check_pairs(args):
+    """Refuse what contradicts or does nothing: a study of it would compare equal things."""
+    directed_, meta_sgd = (any(word in algo for algo in args.algo or ()) for word in ("directed-", "meta-sgd"))
+    for flag, given, works, needs in (
+        ("--delta", args.delta, directed_, "an algorithm that begins with directed-"),
+        ("--medium", args.medium != ["mean"], directed_, "an algorithm that begins with directed-"),
+        ("--delta-schedule", args.delta_schedule != "constant", directed_, "an algorithm that begins with directed-"),
+        ("--beta-alpha", args.beta_alpha, meta_sgd, "the algorithm meta-sgd or directed-meta-sgd"),
+        ("--phi", args.phi, args.watch, "--watch RUN"),
+    ):
+        if given and not works:
+            fail(f"{flag} does nothing without {needs}; leave it out, or add that", 2)
+    for flag, values in (("--algo", args.algo or ()), ("--seed", args.seed), ("--delta", args.delta or ())):
+        if len({f"{x:.12g}" if isinstance(x, float) else x for x in values}) < len(values):  # as folders are named
+            fail(f"{flag} {' '.join(map(str, values))}: a value stands twice; name each once", 2)
+
+
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 TABLE_I = {"alpha": 0.001, "beta": 0.001, "delta": 0.005, "inner_steps": 1, "baseline": "task"}
 # Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
@@ -223,9 +291,6 @@ def resolve_runs(args, algo, env):
     common["beta_alpha"] = own_step if base == "meta-sgd" else None
     deltas = (args.delta or [defaults["delta"]]) if algo != base else [None]
     common["delta_until"] = env.threshold if args.delta_schedule == "converged" else None
-    for flag, values in (("--seed", args.seed), ("--delta", deltas)):
-        if len(set(values)) < len(values):
-            fail(f"{flag} {' '.join(map(str, values))}: a value stands twice; name each once", 2)
     runs = {}
     for delta, seed in itertools.product(deltas, args.seed):
         folder = root(args) / algo / ("" if delta is None else f"delta{delta:.12g}") / f"seed{seed}"
@@ -236,63 +301,120 @@ def resolve_runs(args, algo, env):
 # --- files: nothing is ever half-written ---
 
 
-def write_atomically(path, data):
-    """bytes or text -> path, by way of a file beside it: whoever reads path sees the old content or the new."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        file.write(data if isinstance(data, bytes) else data.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def append_rows(path, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    with open(path, "a", newline="") as file:
+    with report.named(path), open(path, "a", newline="") as file:
         file.write(text.getvalue())
 
 
 def complete_rows(path):
     """The rows of a CSV file as lines, without its header and without what a crash left of a last one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
     return [line for line in lines[1:] if line.endswith("\n")]
 
 
 def trim_rows(path, fields, keep):
     """Cut from a CSV file the rows that `keep(epoch)` does not want, and what a crash left of a last one."""
     rows = [line for line in complete_rows(path) if keep(int(line.split(",")[0]))]
-    write_atomically(path, "".join([",".join(fields) + "\n", *rows]))
+    report.write_atomically(path, "".join([",".join(fields) + "\n", *rows]))
 
 
-def save(folder, state):
-    data = io.BytesIO()
-    torch.save(state, data)
-    write_atomically(folder / "checkpoint.pt", data.getvalue())
+def save(folders, states):
+    """The checkpoints of runs that train together. All are complete beside their places before the first is put in its
+    own, so that a crash in between never parts the runs: see `roll_forward`."""
+    for folder, state in zip(folders, states, strict=True):
+        for name in ("log.csv", "eval.csv"):  # a checkpoint must not outlive its rows
+            report.sync(folder / name)
+        data = io.BytesIO()
+        torch.save(state, data)
+        report.write_durably(folder / ASIDE, data.getvalue())
+    for folder in folders:
+        os.replace(folder / ASIDE, folder / CHECKPOINT)
 
 
-def load(folder, settings=None):
-    """The run's checkpoint, or None where it has not got one yet; it must agree with `settings` where they are given.
+def roll_forward(runs, states, env):
+    """Where a crash came while checkpoints were put in their places, some runs stand at the new epoch, and of all the
+    others a complete checkpoint of that epoch lies aside: put it in its place, and they go on together."""
+    epochs = {state["epoch"] for folder in runs if (state := states[folder])}
+    for folder, settings in runs.items():
+        with contextlib.suppress(Failure):  # half-written: the crash came before any was put in its place
+            aside = load(folder / ASIDE, env, settings)
+            if aside and aside["epoch"] in epochs and aside["epoch"] > (states[folder] or {"epoch": 0})["epoch"]:
+                os.replace(folder / ASIDE, folder / CHECKPOINT)
+                states[folder] = aside
+
+
+def load(path, env=None, settings=None):
+    """A checkpoint, or None where there is none; it must agree with `env` and `settings` where they are given.
     Loading never runs code: weights_only=True."""
-    path = folder / "checkpoint.pt"
     if not path.exists():
         return None
+    remedy = "restore it, or start anew with --overwrite"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # torch raises many kinds, all of which mean the same here
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        fail(f"{path}: not a checkpoint that torch can read ({reason}); restore it, or start anew with --overwrite")
-    known = isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT
-    if not known or not isinstance(state.get("settings"), dict):
-        fail(f"{path}: not a checkpoint of this program, or of another version; start anew with --overwrite")
+        fail(f"{path}: not a checkpoint that torch can read ({reason}); {remedy}")
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        fail(f"{path}: not a checkpoint of this program; {remedy}")
+    if state.get("format") != CHECKPOINT_FORMAT:
+        fail(f"{path}: of format {state.get('format')!r}, this program's is {CHECKPOINT_FORMAT}; {remedy}")
     for key, value in (settings or {}).items():
-        if state["settings"].get(key) != value:
+        before = state["settings"].get(key)
+        if json.dumps(before, default=repr) != json.dumps(value):  # as text, for it may be anything, even a tensor
             flag = "--" + {"low": "range", "high": "range"}.get(key, key).replace("_", "-")
             fail(
-                f"{folder}: began with {key} {state['settings'].get(key)}, this command says {value}; "
+                f"{path.parent}: began with {key} {before}, this command says {value}; "
                 f"give {flag} as before, another --out, or --overwrite", 2,
             )  # fmt: skip
+    if settings is not None:
+        got, expected = layout(state), checkpoint_layout(settings, env)
+        for name in {**expected, **got}:
+            if got.get(name) != expected.get(name):
+                fail(f"{path}: {name} is {got.get(name)}, expected {expected.get(name)}; {remedy}")
+        if state["epoch"] < 1:
+            fail(f"{path}: epoch is {state['epoch']}, expected at least 1; {remedy}")
     return state
+
+
+def layout(x, name="checkpoint"):
+    """What a state is made of, its values aside: {name: shape and type}."""
+    if isinstance(x, dict):
+        return {k: v for key in x if key != "settings" for k, v in layout(x[key], f"{name}.{key}").items()}
+    return {name: f"{list(x.shape)} {x.dtype}" if torch.is_tensor(x) else type(x).__name__}
+
+
+def checkpoint_layout(settings, env):
+    """The layout of every checkpoint with these settings."""
+    batch = stack([new_state(settings, env)], [None], "cpu")
+    for p in learned_by(batch.optimizer):
+        p.grad = torch.zeros_like(p)
+    batch.optimizer.step()  # Adam has its state from the first step on
+    return layout(split(batch)[0])
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """Meanwhile no other process writes in this folder. The lock is on the folder itself, so there is no lock file, and
+    the system releases it however the process ends. There is none on Windows, nor where the file system has no locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{folder}: another process is training this run; wait for its end, or give another --out")
+        except OSError:  # e.g. NFS, which wants the descriptor to be writable, and a folder's cannot be
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # --- a batch of runs, and its checkpoints ---
@@ -321,10 +443,15 @@ class Batch:
         return [settings["seed"] for settings in self.settings]
 
 
-def new_state(settings, problem):
+def action_head(env):
+    return policies.Categorical(env.actions) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
+
+
+def new_state(settings, env):
     """Where a run begins: the same θ for every algorithm with the same seed."""
     start = envs.generators([settings["seed"]], INIT)
-    theta = policies.init(problem.env.obs_dim, problem.head, start, settings["hidden"], critic=settings["rl"] == "ac")
+    critic = settings["rl"] == "ac"
+    theta = policies.init(env.obs_dim, action_head(env), start, settings["hidden"], critic)
     meta_sgd = settings["algo"].endswith("meta-sgd")
     return {
         "format": CHECKPOINT_FORMAT,
@@ -333,7 +460,7 @@ def new_state(settings, problem):
         "theta": theta,
         "alpha": maml.learned_alpha(theta, settings["alpha"]) if meta_sgd else settings["alpha"],
         "optimizer": {},
-        "totals": {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": None, "converged": False},
+        "totals": {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": math.nan, "converged": False},
     }
 
 
@@ -469,7 +596,8 @@ class TaskLoss:
     """task_loss(params) -> (S, M): K fresh trajectories of each task φ (S, M, P) under params, and the loss on them.
 
     Of the M tasks it takes its `own` alone, with the noise that they would have in any company. Keeps every call's mean
-    undiscounted returns (S, M), and sums up env steps (S,) and the seconds of sampling.
+    undiscounted returns (S, M), sums up env steps (S,) and the seconds of sampling, and knows of which runs every loss
+    was finite (S,).
     """
 
     def __init__(self, problem, settings, phi, generators, own=slice(None)):
@@ -477,7 +605,7 @@ class TaskLoss:
         self.num_trajectories = settings["trajectories"]
         options = {key: settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
         self.loss = partial(policies.LOSSES[settings["rl"]], head=problem.head, **options)
-        self.returns, self.env_steps, self.seconds = [], 0, 0.0
+        self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
 
     def __call__(self, params):
         start = time.perf_counter()
@@ -491,11 +619,13 @@ class TaskLoss:
         self.returns.append(batch["rewards"].sum(3).mean(2))
         self.env_steps = self.env_steps + batch["mask"].sum((1, 2, 3)).cpu()
         self.seconds += time.perf_counter() - start
-        return self.loss(params, batch)
+        loss = self.loss(params, batch)
+        self.finite = self.finite & loss.detach().isfinite().all(1)
+        return loss
 
 
 def train_epoch(batch, problem, ranks):
-    """One epoch of Algorithm 1 for all runs of the batch; returns their rows for log.csv."""
+    """One epoch of Algorithm 1 for all runs of the batch; returns their rows for log.csv, and which are finite."""
     start = time.perf_counter()
     settings = batch.settings[0]
     num_tasks = settings["tasks"]
@@ -516,11 +646,12 @@ def train_epoch(batch, problem, ranks):
 
     batch.epoch += 1
     pre, post = (task_loss.returns[i].double().sum(1).cpu() / num_tasks for i in (0, -1))  # (S,) each
-    env_steps = task_loss.env_steps.double()
-    ranks.sum([pre, post, env_steps])
+    env_steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
+    ranks.sum([pre, post, env_steps, broken])
     sample_seconds, med = task_loss.seconds, [None] * len(batch.seeds)
     if medium_loss is not None:
         env_steps += medium_loss.env_steps
+        broken += (~medium_loss.finite).cpu()
         sample_seconds += medium_loss.seconds
         med = medium_loss.returns[0].mean(1).tolist()
     seconds = time.perf_counter() - start
@@ -535,7 +666,8 @@ def train_epoch(batch, problem, ranks):
         times = [f"{totals[key]:.4f}" for key in ("seconds", "sample_seconds")]
         returns = ["" if x is None else f"{x:.7g}" for x in (pre[run], post[run], med[run])]
         rows.append([batch.epoch, totals["env_steps"], *times, *returns])
-    return rows
+    finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in learned_by(batch.optimizer)]
+    return rows, torch.stack([*finite, broken == 0]).all(0).tolist()
 
 
 def delta_of(batch, run):
@@ -585,22 +717,16 @@ def evaluate(batch, problem, ranks):
     ]
 
 
-def finite_runs(batch):
-    """Which runs' parameters are all finite: list of S bools."""
-    finite = [p.detach().isfinite().flatten(1).all(1) for p in learned_by(batch.optimizer)]
-    return torch.stack(finite).all(0).tolist()
-
-
 def fail_run(batch, run, writes):
     """Mark a run of the batch as failed, where this process writes; returns the line to say."""
     settings = batch.settings[run]
     delta = "" if settings["delta"] is None else f", delta {settings['delta']:g}"
     line = (
-        f"{settings['algo']}, seed {settings['seed']}{delta}: a parameter is not finite after epoch {batch.epoch}; "
-        "try a smaller --beta, --alpha or --delta"
+        f"{settings['algo']}, seed {settings['seed']}{delta}: a loss or parameter is not finite after epoch "
+        f"{batch.epoch}; try a smaller --beta, --alpha or --delta"
     )
     if writes:
-        write_atomically(batch.folders[run] / "failed.txt", line + "\n")
+        report.write_atomically(batch.folders[run] / "failed.txt", line + "\n")
     return line
 
 
@@ -615,11 +741,10 @@ def train(batch, problem, epochs, eval_every, quiet, stop, ranks):
     bar = tqdm(total=epochs, initial=batch.epoch, desc=name, unit="epoch", disable=hidden)
     with bar:
         while batch.epoch < epochs:
-            rows = train_epoch(batch, problem, ranks)
+            rows, finite = train_epoch(batch, problem, ranks)
             if writes:
                 for folder, row in zip(batch.folders, rows, strict=True):
                     append_rows(folder / "log.csv", [row])
-            finite = finite_runs(batch)
             if not all(finite):
                 failures += [fail_run(batch, run, writes) for run, good in enumerate(finite) if not good]
                 kept = [run for run, good in enumerate(finite) if good]
@@ -637,8 +762,7 @@ def train(batch, problem, epochs, eval_every, quiet, stop, ranks):
                         append_rows(folder / "eval.csv", rows)
             due = stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS
             if writes and due:
-                for folder, state in zip(batch.folders, split(batch), strict=True):
-                    save(folder, state)
+                save(batch.folders, split(batch))
                 saved = time.perf_counter()
             if stopping:
                 break
@@ -648,34 +772,58 @@ def train(batch, problem, epochs, eval_every, quiet, stop, ranks):
 # --- the command ---
 
 
-RUN_FILES = ["config.json", "log.csv", "eval.csv", "checkpoint.pt", "failed.txt"]
+RUN_FILES = [CHECKPOINT, ASIDE, "failed.txt", "log.csv", "eval.csv", "config.json"]
 
 
-def open_run(folder, settings, args):
+@contextlib.contextmanager
+def open_runs(plans, args, env):
+    """{folder: state, None where it is new} of all runs, whose folders are this process's alone meanwhile. Nothing is
+    written before all is found good."""
+    runs = {folder: settings for plan in plans for folder, settings in plan.items()}
+    new = [folder for folder in runs if not folder.exists()]
+    with contextlib.ExitStack() as locks:
+        for folder in runs:
+            if folder not in new:
+                locks.enter_context(locked(folder))
+        states = {folder: open_run(folder, settings, args, env) for folder, settings in runs.items()}
+        for folder in new:
+            folder.mkdir(parents=True)  # raises where another process has just made it
+            locks.enter_context(locked(folder))
+        for plan in plans if args.resume else []:
+            roll_forward(plan, states, env)
+        yield states
+
+
+def open_run(folder, settings, args, env):
     """The run's state, or None. Refuses a run that exists without --resume or --overwrite; writes nothing."""
     exists = any((folder / name).exists() for name in RUN_FILES)
     if exists and not (args.resume or args.overwrite):
         fail(f"{folder}: this run exists; give --resume to go on, --overwrite to start anew, or another --out", 2)
-    state = load(folder, settings) if args.resume else None
-    if state is not None:
-        log = folder / "log.csv"
-        epochs = [line.split(",")[0] for line in complete_rows(log)[: state["epoch"]]]
-        if epochs != [str(epoch) for epoch in range(1, state["epoch"] + 1)]:
-            fail(
-                f"{log}: does not hold epochs 1 to {state['epoch']}, as checkpoint.pt does; restore it, or start anew "
-                "with --overwrite"
-            )
+    state = load(folder / CHECKPOINT, env, settings) if args.resume else None
+    if state is None:
+        return None
+    remedy = "restore it, or start anew with --overwrite"
+    rows = [line.split(",") for line in complete_rows(folder / "log.csv")[: state["epoch"]]]
+    if [row[0] for row in rows] != [str(epoch) for epoch in range(1, state["epoch"] + 1)]:
+        fail(f"{folder / 'log.csv'}: does not hold epochs 1 to {state['epoch']}, as {CHECKPOINT} does; {remedy}")
+    for name, fields in (("log.csv", LOG_FIELDS), ("eval.csv", EVAL_FIELDS)):
+        for line in complete_rows(folder / name):
+            if line.count(",") != len(fields) - 1 or not line.split(",")[0].isdecimal():
+                fail(f"{folder / name}: {line.strip()[:40]!r} is no row of {','.join(fields)}; {remedy}")
+    epochs = args.epochs or env.epochs
+    if epochs < state["epoch"]:
+        fail(f"{folder}: is at epoch {state['epoch']} already; give --epochs {state['epoch']} or more", 2)
     return state
 
 
 def begin(folder, settings, state, args, env, extra):
-    """Make the run's folder ready: a new one, or one whose rows behind the checkpoint are cut off."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the run's folder ready: an empty one, or one whose rows behind the checkpoint are cut off."""
+    epochs = args.epochs or env.epochs
     epoch = state["epoch"] if state else 0
     for name in RUN_FILES if epoch == 0 else ["failed.txt"]:
         (folder / name).unlink(missing_ok=True)
     config = settings | {
-        "epochs": args.epochs or env.epochs,
+        "epochs": epochs,
         "eval_every": args.eval_every,
         "threshold": env.threshold,
         "phi": list(env.phi),
@@ -687,21 +835,49 @@ def begin(folder, settings, state, args, env, extra):
             "numpy": numpy.__version__,
         },
     }
-    write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    report.write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
     trim_rows(folder / "log.csv", LOG_FIELDS, lambda row: row <= epoch)
-    # An evaluation at the last epoch alone, off the schedule, is not one that a longer run would have made.
-    trim_rows(folder / "eval.csv", EVAL_FIELDS, lambda row: row <= epoch and row % args.eval_every == 0)
+    # An evaluation off the schedule, at what was the last epoch, is not one that a longer run would have made.
+    scheduled = {epochs, *range(0, epoch + 1, args.eval_every)}
+    trim_rows(folder / "eval.csv", EVAL_FIELDS, lambda row: row <= epoch and row in scheduled)
 
 
-def watch(folder, phi):
-    """One episode of a run's policy, adapted to φ: an animation in its folder, and a window where there is one."""
-    state = load(folder)
-    if state is None:
-        fail(f"--watch {folder}: there is no checkpoint.pt; name the folder of one run", 2)
-    settings = state["settings"]
+def words(settings):
+    """The command line of a run's settings."""
+    line = []
     bounds = [x for pair in zip(settings["low"], settings["high"], strict=True) for x in pair]
-    env = envs.make(settings["env"], settings["param"], bounds, settings["horizon"])
-    env = replace(env, task_dist=settings["task_dist"])
+    for key, value in (settings | {"range": bounds}).items():
+        if value is not None and key not in ("low", "high"):
+            values = value if isinstance(value, list) else [value]
+            # Without an exponent, for argparse takes -1e-05 for a flag.
+            shown = [numpy.format_float_positional(x) if isinstance(x, float) else str(x) for x in values]
+            line += ["--" + key.replace("_", "-"), *shown]
+    return line
+
+
+def settings_of(state, path, trusted):
+    """(settings, env) of a checkpoint that may come from anybody: what a command line may say, and nothing else.
+
+    An environment module:id runs that module's code, so it must be the one that the user names, `trusted`.
+    """
+    try:
+        args = parse_args(words(state["settings"]))
+    except (KeyError, TypeError, ValueError) as error:
+        fail(f"{path}: its settings are not those of a run ({error})")
+    if ":" in args.env and args.env != trusted:
+        fail(f"{path}: runs the code of module {args.env}; if you trust it, give --env {args.env} too", 2)
+    env = resolve_env(args)
+    (settings,) = resolve_runs(args, args.algo[0], env).values()
+    load(path, env, settings)
+    return settings, env
+
+
+def watch(folder, phi, trusted):
+    """One episode of a run's policy, adapted to φ: an animation in its folder, and a window where there is one."""
+    state = load(folder / CHECKPOINT)
+    if state is None:
+        fail(f"--watch {folder}: there is no {CHECKPOINT}; name the folder of one run", 2)
+    settings, env = settings_of(state, folder / CHECKPOINT, trusted)
     phi = envs.medium_task(env, "mean", torch.empty(1), None) if phi is None else torch.tensor([[phi]])
     if phi.shape[-1] != len(env.phi):
         fail(f"--phi: expected {len(env.phi)} number(s): {', '.join(env.phi)}", 2)
@@ -722,64 +898,60 @@ def watch(folder, phi):
 
 
 def main(argv=None):
-    ranks = None
-    try:
-        ranks = Ranks()
+    with one_clear_line() as ranks:
         command(sys.argv[1:] if argv is None else argv, ranks)
-        ranks.leave()
-    except Failure as failure:
-        if ranks is None or ranks.first_to_fail():
-            print(f"run.py: {failure}", file=sys.stderr)
-        raise SystemExit(failure.code) from None
 
 
 def command(argv, ranks):
     args = parse_args(argv)
     if args.watch is not None:
-        return watch(args.watch, args.phi)
-    if len(set(args.algo)) < len(args.algo):
-        fail(f"--algo {' '.join(args.algo)}: an algorithm stands twice; name each once", 2)
+        return watch(args.watch, args.phi, args.env)
     env = resolve_env(args)
     device = resolve_device(args, env)
     plans = [resolve_runs(args, algo, env) for algo in args.algo]
     check_ranks(args, ranks)
-    states = ranks.object_from_first(  # before any writing
-        lambda: {folder: open_run(folder, settings, args) for runs in plans for folder, settings in runs.items()}
-    )
     keep_memory()
     torch.set_num_threads(args.threads)
     failures = []
-
-    def stop():
-        """Whether this rank or another has caught a signal."""
-        caught = torch.tensor([float(len(signals))])
-        ranks.sum([caught])
-        if caught and not signals:
-            signals.append(signal.SIGTERM)
-        return bool(signals)
-
     cores = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     workers = cores if args.workers is None else args.workers
-    try:
-        with catch_signals() as signals, open_problem(env, workers, device) as problem:
-            for group in (group for runs in plans for group in batches(runs, states)):
-                if not signals:
-                    failures += train_group(group, states, problem, args, device, stop, ranks)
-    except envs.WorkerError as error:
-        fail(f"{error}; go on from the last checkpoint with --resume")
-    except OSError as error:  # a full disk, a folder that went away or is not ours to write
-        fail(f"{error.filename or args.out}: {error.strerror}; mend that and go on with --resume")
-    for line in ranks.object_from_first(lambda: report.write(root(args))):
-        if ranks.rank == 0 and not args.quiet:
-            print(line)
+    with (
+        open_runs(plans, args, env) if ranks.rank == 0 else contextlib.nullcontext() as own_states,
+        catch_signals() as signals,
+        open_problem(env, workers, device) as problem,
+    ):
+
+        def stop():
+            """Whether this rank or another has caught a signal."""
+            caught = torch.tensor([float(len(signals))])
+            ranks.sum([caught])
+            if caught and not signals:
+                signals.append(signal.SIGTERM)
+            return bool(signals)
+
+        states = ranks.object_from_first(lambda: own_states)
+        for group in (group for runs in plans for group in batches(runs, states)):
+            if not signals:
+                failures += train_group(group, states, problem, args, device, stop, ranks)
+    ranks.object_from_first(lambda: finish(failures, args))
     if signals:
-        words = [word for word in argv if word not in ("--resume", "--overwrite")]
+        line = [word for word in argv if word not in ("--resume", "--overwrite")]
         start = "python" if ranks.count == 1 else "torchrun .."
-        fail(f"stopped; go on with: {start} run.py {shlex.join(words)} --resume", 128 + signals[0])
-    for line in failures[:-1] if ranks.rank == 0 else ():
-        print(f"run.py: {line}", file=sys.stderr)
+        fail(f"stopped; go on with: {start} run.py {shlex.join(line)} --resume", 128 + signals[0])
     if failures:
-        fail(failures[-1])
+        raise SystemExit(1)
+
+
+def finish(failures, args):
+    """Say which runs failed, and rewrite the report."""
+    for line in failures:
+        print(f"run.py: {line}", file=sys.stderr)
+    with locked(root(args), wait=True):  # another command may end just now
+        wrote, left_out = report.write(root(args))
+    for line in left_out:
+        print(f"run.py: {line}", file=sys.stderr)
+    for line in [] if args.quiet else wrote:
+        print(line)
 
 
 def check_ranks(args, ranks):
@@ -806,7 +978,7 @@ def train_group(group, states, problem, args, device, stop, ranks):
     """Begin or go on with the runs of a group as one batch; returns a line for each that failed."""
     for folder, settings in group.items() if ranks.rank == 0 else ():
         begin(folder, settings, states[folder], args, problem.env, {"device": device, "runs_in_batch": len(group)})
-    begun = [states[folder] or new_state(settings, problem) for folder, settings in group.items()]
+    begun = [states[folder] or new_state(settings, problem.env) for folder, settings in group.items()]
     batch = stack(begun, list(group), device)
     return train(batch, problem, args.epochs or problem.env.epochs, args.eval_every, args.quiet, stop, ranks)
 
@@ -818,7 +990,8 @@ def catch_signals():
 
     def on_signal(signum, frame):
         signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
     before = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -831,7 +1004,7 @@ def catch_signals():
 @contextlib.contextmanager
 def open_problem(env, workers, device):
     """The problem, with its worker processes for as long as it is open."""
-    head = policies.Categorical(env.actions) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
+    head = action_head(env)
     make_act = partial(policies.actor, head=head)
     if device == "cuda" and not env.in_workers:
         yield Problem(env, head, envs.CapturedRollout(env, make_act))
@@ -853,4 +1026,5 @@ def keep_memory():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or a log file may have no δ
     main()

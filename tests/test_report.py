@@ -3,6 +3,8 @@
 import builtins
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,9 @@ def test_interval_of_equal_values_is_a_point_and_infinite_values_pass_through():
 
 def test_ema_by_hand():
     np.testing.assert_allclose(report.ema([10, 20, 0], 0.9), [10, 11, 9.9])
+
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
@@ -108,20 +113,58 @@ def test_several_deltas_are_lines_of_their_own(experiment):
     assert cells(experiment, "directed-maml, δ = 0.1")["converged"] == "3/3"
 
 
+def test_the_probability_of_improvement_by_hand():
+    """Of four pairs (1 or 3 against 2 or 3): 1 < 2, 1 < 3, 3 > 2, and a tie, which counts half: 2.5 / 4."""
+    assert report.improvement([1, 3], [2, 3]).startswith("0.62 [")
+    assert report.improvement([1, 2], [math.inf, 3]) == "1.00 [1.00, 1.00]"
+
+
+def test_the_table_is_made_of_summary_csv_alone_and_other_files_are_filled_from_it(experiment):
+    report.write(experiment)
+    numbers = report.read_summary((experiment / "summary.csv").read_text())
+    assert report.table(numbers) in (experiment / "report.md").read_text()
+    page = experiment.parent / "page.md"
+    wanted = {"columns": ["converged", "epochs to convergence"], "lines": {"ours": "toy-pg/directed-maml"}}
+    marker = f"<!-- report {json.dumps(wanted)} -->"
+    page.write_text(f"before\n\n{marker}\n| stale |\n| --- |\n\nafter\n")
+    report.fill(page)
+    head = "| algorithm | converged | epochs to convergence |\n| --- | --- | --- |\n"
+    assert page.read_text() == f"before\n\n{marker}\n{head}| ours | 3/3 | 2 [2, 2] |\n\nafter\n"
+
+
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "results" / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_the_tables_of_this_repository_are_what_report_makes_of_its_results(page, tmp_path):
+    shutil.copytree(REPOSITORY / "results", tmp_path / "results")
+    copied = shutil.copy(page, tmp_path / page.relative_to(REPOSITORY))
+    report.fill(copied)
+    assert Path(copied).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+
+
+def test_every_report_of_this_repository_is_what_its_summary_says():
+    summaries = sorted((REPOSITORY / "results").glob("*/summary.csv"))
+    assert summaries
+    for path in summaries:
+        numbers = report.read_summary(path.read_text(encoding="utf-8"))
+        assert report.table(numbers) in path.with_name("report.md").read_text(encoding="utf-8"), path
+
+
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])
 def test_figures_are_drawn(tmp_path, phi):
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "a" / "seed1", "maml", None, [1.0, 2.0], phi=phi)
     write_run(tmp_path / "b" / "seed1", "directed-maml", 0.1, [1.0, 2.0], phi=phi)
-    lines = report.write(tmp_path)
-    assert len(lines) == 3
+    lines, left_out = report.write(tmp_path)
+    assert len(lines) == 3 and left_out == []
     for name in ("curves.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_held_out_returns_of_a_plane_are_averaged_over_equal_distance(tmp_path):
     write_run(tmp_path / "seed1", "maml", None, [1.0], phi=("goal x (m)", "goal y (m)"))
-    x, returns = report.held_out(report.read(tmp_path)["maml"])
+    x, returns = report.held_out(report.read(tmp_path)[0]["maml"])
     np.testing.assert_allclose(x, [0, 1])
     np.testing.assert_allclose(returns, [[[10, 10], [11, 11], [12, 12]]])
 
@@ -135,6 +178,6 @@ def test_without_matplotlib_one_line_says_how_to_get_the_figures(experiment, mon
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    lines = report.write(experiment)
+    lines, _ = report.write(experiment)
     assert len(lines) == 2 and "pip install matplotlib" in lines[1]
     assert (experiment / "report.md").exists() and not (experiment / "curves.png").exists()

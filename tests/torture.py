@@ -1,0 +1,208 @@
+"""Does the damage: kills training at random moments, and runs it long. `python tests/torture.py --help`; needs Linux.
+
+The suite does a little of it; this takes from minutes to an hour.
+"""
+
+import argparse
+import csv
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMES = ("seconds", "sample_seconds")
+SMALL = ["--tasks", "2", "--trajectories", "3", "--hidden", "8", "--eval-every", "4", "--quiet"]
+
+# name: (what comes before the command's words, the words)
+CASES = {
+    "cartpole": ([], ["--env", "cartpole", "--algo", "directed-maml", "--horizon", "30", "--epochs", "200"]),
+    "sweep": ([], [
+        *("--env", "cartpole", "--algo", "fomaml", "directed-meta-sgd", "--seed", "1", "2", "3", "--delta", "0.001"),
+        *("0.005", "--optimizer", "adam", "--horizon", "20", "--epochs", "60"),
+    ]),
+    "lunarlander": ([], [
+        *("--env", "lunarlander", "--algo", "directed-fomaml", "--workers", "2", "--horizon", "25", "--epochs", "120"),
+    ]),
+}  # fmt: skip
+
+
+def command(case, out, checkpoint_seconds):
+    """The case's command. Checkpoints come much more often than by default, so that kills hit their writing."""
+    before, words = CASES[case]
+    words = [*words, *SMALL, "--out", str(out), "--resume"]
+    code = f"import run; run.CHECKPOINT_SECONDS = {checkpoint_seconds}; run.main({words!r})"
+    return [sys.executable, *before, "-c", code]
+
+
+def start(case, out, checkpoint_seconds=0.0):
+    """The case's process, in a session of its own, so that orphans are found."""
+    return subprocess.Popen(
+        command(case, out, checkpoint_seconds), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(case, out, **options):
+    process = start(case, out, **options)
+    error = process.communicate()[1]
+    if process.returncode:
+        raise SystemExit(f"{case}: exit code {process.returncode}\n{error}")
+
+
+def members(session):
+    """Processes alive in a session: list of process ids."""
+    alive = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, _, _, owner = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(owner) == session and state != "Z":
+            alive.append(int(name))
+    return alive
+
+
+def kill(process, patience=10):
+    """kill -9 the main process alone; its workers must end by themselves. Raises SystemExit where one does not."""
+    process.kill()
+    process.communicate()
+    deadline = time.time() + patience
+    while orphans := members(process.pid):
+        if time.time() > deadline:
+            raise SystemExit(f"orphans {patience} s after the kill: {orphans}")
+        time.sleep(0.05)
+
+
+def progress(out):
+    """What the logs of all runs hold, in bytes."""
+    return sum(path.stat().st_size for path in out.rglob("log.csv"))
+
+
+def torture(case, out, kills, rng, checkpoint_seconds=0.0):
+    """Start the case and kill it, `kills` times, each a random while after it began to log anew, or before; then let it
+    finish. Returns how many kills hit it alive, and how many of them hit the writing of checkpoints."""
+    hit = {"kills": 0, "while checkpoints were written": 0}
+    for _ in range(kills):
+        process = start(case, out, checkpoint_seconds)
+        before = progress(out)
+        early = rng.random() < 0.1  # also before any training
+        deadline = time.time() + (rng.uniform(0, 6) if early else 300)
+        while process.poll() is None and time.time() < deadline and (early or progress(out) <= before):
+            time.sleep(0.001)
+        time.sleep(0 if early else rng.expovariate(1 / 0.05))
+        if process.poll() is not None and process.returncode != 0:
+            raise SystemExit(f"{case}: exit code {process.returncode}\n{process.communicate()[1]}")
+        hit["kills"] += process.poll() is None
+        kill(process)
+        hit["while checkpoints were written"] += any(out.rglob("checkpoint.pt.tmp"))
+    finish(case, out, checkpoint_seconds=checkpoint_seconds)
+    return hit
+
+
+def rows(path):
+    """The rows of a CSV file without its time columns."""
+    with open(path, newline="") as file:
+        return [{key: x for key, x in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+def without_times(state):
+    return state | {"totals": {key: x for key, x in state["totals"].items() if key not in TIMES}}
+
+
+def equal(a, b):
+    """Bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def differences(whole, killed):
+    """What differs between the runs under two folders, their times aside: list of paths."""
+    found = []
+    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob("*") if path.is_file()}
+    for path in sorted(paths):
+        if not ((whole / path).exists() and (killed / path).exists()):
+            found.append(f"{path}: in one folder alone")
+        elif path.suffix == ".csv" and rows(whole / path) != rows(killed / path):
+            found.append(f"{path}: other rows")
+        elif path.suffix == ".pt":
+            states = [without_times(torch.load(out / path, weights_only=True)) for out in (whole, killed)]
+            if not equal(*states):
+                found.append(f"{path}: another state")
+    return found
+
+
+def report_kills(cases, kills, seed):
+    rng = random.Random(seed)
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, killed = Path(folder, "whole"), Path(folder, "killed")
+            finish(case, whole, checkpoint_seconds=1e9)
+            hit = torture(case, killed, kills, rng)
+            found = differences(whole, killed)
+            runs = len(list(whole.rglob("log.csv")))
+            counts = ", ".join(f"{count} {what}" for what, count in hit.items())
+            print(f"{case}: {runs} run(s), {counts}: {found or 'equal to an uninterrupted run'}", flush=True)
+            if found:
+                raise SystemExit(1)
+
+
+def status(pid):
+    """(resident memory in MB, file descriptors, processes of the session) of a running process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd")), len(members(pid))
+
+
+LONG = {
+    "cartpole": (5000, 500, ["--env", "cartpole", "--algo", "directed-maml", "--horizon", "50"]),
+    "lunarlander": (
+        200,
+        20,
+        ["--env", "lunarlander", "--algo", "directed-fomaml", "--workers", "2", "--horizon", "50"],
+    ),
+}
+
+
+def report_long(cases):
+    """A line every so many epochs: speed, memory, descriptors, processes; all should stay as they are."""
+    for case in cases:
+        epochs, every, words = LONG[case]
+        with tempfile.TemporaryDirectory() as out:
+            words = [*words, *SMALL, "--eval-every", "100", "--epochs", str(epochs), "--out", out]
+            process = subprocess.Popen([sys.executable, "run.py", *words], cwd=REPOSITORY, start_new_session=True)
+            print(f"{case}: epoch, s per 1000 epochs, MB, file descriptors, processes", flush=True)
+            reached, since = 0, None
+            while process.poll() is None:
+                time.sleep(0.02)
+                logs = list(Path(out).rglob("log.csv"))
+                lines = logs[0].read_bytes().count(b"\n") - 1 if logs else 0
+                if lines >= reached + every:
+                    speed = 1000 * (time.time() - since) / (lines - reached) if reached else float("nan")
+                    memory, descriptors, processes = status(process.pid)
+                    print(f"  {lines}, {speed:.1f}, {memory:.0f}, {descriptors}, {processes}", flush=True)
+                    reached, since = lines, time.time()
+            size = {path.name: path.stat().st_size for path in Path(out).rglob("*.csv")}
+            print(f"  exit code {process.returncode}; bytes: {size}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["kill", "long"])
+    parser.add_argument("--case", nargs="+", help="default: all of " + ", ".join(CASES))
+    parser.add_argument("--kills", type=int, default=40, help="for each case (default 40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    args = parser.parse_args()
+    if args.what == "kill":
+        report_kills(args.case or CASES, args.kills, args.seed)
+    else:
+        report_long(args.case or LONG)
+
+
+if __name__ == "__main__":
+    main()
