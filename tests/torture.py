@@ -123,9 +123,9 @@ def equal(a, b):
 
 
 def differences(whole, killed):
-    """What differs between the runs under two folders, their times aside: list of paths."""
+    """What differs between the runs under two folders, their times and the reports on them aside: list of lines."""
     found = []
-    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob("*") if path.is_file()}
+    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob("seed*/*")}
     for path in sorted(paths):
         if not ((whole / path).exists() and (killed / path).exists()):
             found.append(f"{path}: in one folder alone")
