@@ -152,7 +152,7 @@ def test_cuda_asked_for_and_absent(tmp_path, capsys):
 
 
 def test_too_large_for_the_memory(tmp_path, capsys):
-    error = refused(capsys, tmp_path, "--hidden", 10**9, 10**9, code=1)
+    error = refused(capsys, tmp_path, "--hidden", 10**15, code=1)  # 16 petabytes: refused at once
     assert "out of memory; give fewer --seed, --delta, --tasks" in error
 
 
