@@ -185,7 +185,7 @@ def parse_args(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'flags begin with --')}")
+        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
     if args.watch is None and (args.env is None or args.algo is None):
         parser.error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
     check_pairs(args)
