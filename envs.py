@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from multiprocessing import resource_tracker
 from numbers import Real
 
 import gymnasium
@@ -296,7 +297,7 @@ def first_line(error):
 
 def hint(word, known, choices):
     """What to say of an unknown word: the nearest known one, or else the choices."""
-    close = difflib.get_close_matches(word, known, 1, 0.5) or difflib.get_close_matches(word.lower(), known, 1)
+    close = difflib.get_close_matches(word, known, 1, 0.7) or difflib.get_close_matches(word.lower(), known, 1, 0.7)
     return f"did you mean {close[0]}?" if close else f"choose from {choices}"
 
 
@@ -557,6 +558,7 @@ def signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # multiprocessing's helper, which unblocks them when it is started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         yield

@@ -129,7 +129,7 @@ def read_run(folder):
         path = folder / name
         try:
             run[path.stem] = parse(path.read_text(encoding="utf-8") if path.exists() else "")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
     return run
 

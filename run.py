@@ -82,8 +82,8 @@ def one_clear_line():
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         line, code = "out of memory; give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 1
-    except KeyboardInterrupt:  # outside of training, which ends in its own time
-        line, code = "stopped; go on with --resume", 128 + signal.SIGINT
+    except KeyboardInterrupt:  # outside of training, or the second one
+        line, code = "stopped at once; go on from the last checkpoint with --resume", 128 + signal.SIGINT
     if ranks is None or ranks.first_to_fail():
         print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
     raise SystemExit(code)
@@ -198,7 +198,7 @@ def parse_args(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'flags begin with --')}")
+        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
     if args.watch is None and (args.env is None or args.algo is None):
         parser.error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
     check_pairs(args)
@@ -985,13 +985,16 @@ def train_group(group, states, problem, args, device, stop, ranks):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that a first Ctrl-C or SIGTERM is put on, for training to end after its epoch; a second ends at once."""
+    """A list that a first Ctrl-C or SIGTERM is put on, for training to end after its epoch; a second ends at once, a
+    third even inside a library."""
     signals = []
 
     def on_signal(signum, frame):
         signals.append(signum)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        if len(signals) > 1:
+            for each in before:
+                signal.signal(each, signal.SIG_DFL)
+            raise KeyboardInterrupt
 
     before = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -68,15 +68,20 @@ def members(session):
     return alive
 
 
-def kill(process, patience=10):
-    """kill -9 the main process alone; its workers must end by themselves. Raises SystemExit where one does not."""
+def wait_for_the_end(session, patience=10):
+    """Raises SystemExit where a process of the session still lives after so many seconds."""
+    deadline = time.time() + patience
+    while orphans := members(session):
+        if time.time() > deadline:
+            raise SystemExit(f"orphans after {patience} s: {orphans}")
+        time.sleep(0.05)
+
+
+def kill(process):
+    """kill -9 the main process alone; its workers must end by themselves."""
     process.kill()
     process.communicate()
-    deadline = time.time() + patience
-    while orphans := members(process.pid):
-        if time.time() > deadline:
-            raise SystemExit(f"orphans {patience} s after the kill: {orphans}")
-        time.sleep(0.05)
+    wait_for_the_end(process.pid)
 
 
 def progress(out):
@@ -123,9 +128,9 @@ def equal(a, b):
 
 
 def differences(whole, killed):
-    """What differs between the runs under two folders, their times aside: list of paths."""
+    """What differs between the runs under two folders, their times and the reports on them aside: list of lines."""
     found = []
-    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob("*") if path.is_file()}
+    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob("seed*/*")}
     for path in sorted(paths):
         if not ((whole / path).exists() and (killed / path).exists()):
             found.append(f"{path}: in one folder alone")
