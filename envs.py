@@ -190,7 +190,8 @@ class Gymnasium:
 
         def step(state, action):
             action = action.flatten(0, 1)
-            actions = action.tolist() if action.dim() == 1 else action.numpy()  # Python numbers step faster
+            # Python numbers step faster; not a number comes from a run that fails alone, but Box2D would end them all.
+            actions = action.tolist() if action.dim() == 1 else action.nan_to_num().numpy()
             rewards[:] = 0
             for lane in tuple(running):
                 observed, lane_reward[lane], final, truncated, _ = self.lanes[lane].step(actions[lane])

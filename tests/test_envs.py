@@ -494,6 +494,14 @@ def test_gravity_beyond_what_the_constructor_asserts_works_and_matters():
     assert falling[0] > falling[1] > falling[2]  # vertical speed after 20 steps of free fall
 
 
+def test_actions_that_are_not_numbers_end_no_environment():
+    """Box2D asserts, and the runs beside the one that exploded would end with it."""
+    env = make("BipedalWalker-v3", names=["hardcore"], bounds=[0, 1], horizon=5)
+    noise, phi = draw_noise(env, generators([0], 0), 2, 1), sample_tasks(env, generators([0], 1), 2)
+    batch = rollout(env, lambda obs, noise: torch.full_like(noise, math.nan), phi, noise)
+    assert batch["mask"].all() and batch["rewards"].isfinite().all() and batch["actions"].isnan().all()
+
+
 def test_several_parameters_are_a_vector_phi():
     env = make("Pendulum-v1", names=["g", "l"], bounds=[5, 15, 0.5, 1.5])
     assert env.low == (5, 0.5) and env.high == (15, 1.5) and env.horizon == 200
@@ -508,7 +516,7 @@ def test_several_parameters_are_a_vector_phi():
         (
             "Pendulum-v1",
             {"names": ["gravity"], "bounds": [5, 15]},
-            "--param gravity: Pendulum-v1 has no such attribute",
+            "--param gravity: Pendulum-v1 has no such number",
         ),
         ("Pendulum-v1", {"names": ["g", "l"], "bounds": [5, 15]}, "expected LOW HIGH for each of 2 parameter"),
         (

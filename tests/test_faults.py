@@ -528,7 +528,7 @@ def test_a_terminals_ctrl_c_reaches_the_workers_too_and_harms_nothing(tmp_path, 
     for _ in range(times):
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.05)  # two that are pending at once count as one
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     says = "stopped; go on with: python run.py" if times == 1 else "stopped at once; go on from the last checkpoint"
     assert process.returncode == 128 + signal.SIGINT and error.startswith(f"run.py: {says}") and error.count("\n") == 1
     torture.wait_for_the_end(process.pid)
@@ -666,7 +666,7 @@ def test_a_folder_deleted_while_it_runs_is_named(tmp_path):
     process = popen("--env", "cartpole", "--algo", "fomaml", out=tmp_path / "out")
     begun(process, tmp_path / "out" / RUN / "log.csv")
     os.rename(tmp_path / "out", tmp_path / "gone")  # at one stroke, unlike the deletion of many files
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 1 and error.count("\n") == 1
     assert f"{tmp_path / 'out' / RUN}" in error and "No such file or directory; mend that" in error
 

@@ -221,7 +221,7 @@ def test_a_signal_finishes_the_epoch_saves_and_says_how_to_go_on(tmp_path):
     while time.time() < deadline and not ((folder / "log.csv").exists() and len(rows(folder / "log.csv")) > 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + signal.SIGTERM
     assert error == f"run.py: stopped; go on with: python run.py {' '.join(words)} --resume\n"
     epochs = len(rows(folder / "log.csv"))
@@ -268,7 +268,7 @@ def test_a_killed_worker_ends_the_run_in_one_line_with_the_checkpoint_intact_and
     workers = [p for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     assert error.startswith("run.py: a sampling worker died") and error.count("\n") == 1 and "--resume" in error
     assert (folder / "checkpoint.pt").read_bytes() == saved

@@ -68,7 +68,7 @@ def members(session):
     return alive
 
 
-def wait_for_the_end(session, patience=10):
+def wait_for_the_end(session, patience=60):
     """Raises SystemExit where a process of the session still lives after so many seconds."""
     deadline = time.time() + patience
     while orphans := members(session):
