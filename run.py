@@ -912,7 +912,7 @@ def command(argv, ranks):
     check_ranks(args, ranks)
     keep_memory()
     torch.set_num_threads(args.threads)
-    failures = []
+    failures, stopped = [], []
     cores = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     workers = cores if args.workers is None else args.workers
     with (
@@ -922,22 +922,22 @@ def command(argv, ranks):
     ):
 
         def stop():
-            """Whether this rank or another has caught a signal."""
+            """Whether this rank or another has caught a signal: one answer for all, whenever it comes."""
             caught = torch.tensor([float(len(signals))])
             ranks.sum([caught])
-            if caught and not signals:
-                signals.append(signal.SIGTERM)
-            return bool(signals)
+            if caught:
+                stopped.append(signals[0] if signals else signal.SIGTERM)
+            return bool(caught)
 
         states = ranks.object_from_first(lambda: own_states)
         for group in (group for runs in plans for group in batches(runs, states)):
-            if not signals:
+            if not stopped:
                 failures += train_group(group, states, problem, args, device, stop, ranks)
     ranks.object_from_first(lambda: finish(failures, args))
-    if signals:
+    if stopped:
         line = [word for word in argv if word not in ("--resume", "--overwrite")]
         start = "python" if ranks.count == 1 else "torchrun .."
-        fail(f"stopped; go on with: {start} run.py {shlex.join(line)} --resume", 128 + signals[0])
+        fail(f"stopped; go on with: {start} run.py {shlex.join(line)} --resume", 128 + stopped[0])
     if failures:
         raise SystemExit(1)
 

@@ -635,7 +635,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_the_last_checkpoint_goes_on(s
 def test_no_space_for_the_report_is_one_line_after_the_training_is_safe(small_disk, capsys, monkeypatch):
     monkeypatch.setattr(run, "open_problem", functools.partial(filled_at_the_end, run.open_problem, small_disk))
     error = refused(capsys, small_disk, code=1)
-    assert "No space left on device" in error and "report.md" in error
+    assert "No space left on device" in error and "summary.csv" in error
     assert torch.load(small_disk / RUN / "checkpoint.pt", weights_only=True)["epoch"] == 4
 
 
