@@ -34,15 +34,18 @@ COMPARED = ("maml", "fomaml", "directed-maml")  # with the conventional design
 SIZES = {"S": (1, 4, 16, 64), "M": (5, 20, 80), "K": (10, 40, 160), "H": (200, 50, 800), "hidden": (64, 16, 256)}
 SMALL = {"S": (1, 2), "M": (2, 3), "K": (2, 3), "H": (12, 6), "hidden": (8, 4)}
 TABLE_II = {"maml": 2.34, "directed-maml": 2.52}  # the paper's seconds an epoch of LunarLander
+LONG = 5.0  # s
 SWEEP, CORES = 16, 64  # 10,000 runs: how many in a batch, on how many cores
 
 
 def measure_all(configurations, device, repeats, seconds):
-    """{configuration: a measurement of each round}; one round where there are workers, which are slow to start."""
-    measured = {c: [] for c in configurations}
-    turns = [c for i in range(repeats) for c in measured if i == 0 or not envs.ENVS[c.env].in_workers]
-    for c in tqdm(turns, "measuring", disable=None):
-        measured[c] += in_fresh_processes(measure, (c, device, seconds))
+    """{configuration: a measurement of each round}; one round is all for what takes long, such as starting workers."""
+    measured, took = {c: [] for c in configurations}, dict.fromkeys(configurations, 0.0)
+    for c in tqdm([*measured] * repeats, "measuring", disable=None):
+        if took[c] < LONG:
+            start = time.perf_counter()
+            measured[c] += in_fresh_processes(measure, (c, device, seconds))
+            took[c] = time.perf_counter() - start
     return measured
 
 
@@ -150,7 +153,7 @@ def sweep_cost(c, device, repeats, measured):
     ratios = []
     for _ in range(repeats):
         alone = in_fresh_processes(measure, (c, device))
-        together = in_fresh_processes(measure, *[(c, device, 3.0)] * os.cpu_count())
+        together = in_fresh_processes(measure, *[(c, device, 1.0)] * os.cpu_count())
         ratios.append(mid(together, "epoch") / mid(alone, "epoch"))
     slower, waves = median(ratios), math.ceil(batches / CORES)
     return (
@@ -304,8 +307,9 @@ def main(argv=None):
     command = shlex.join(["python", "tests/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     about = (
         f"`{command}`: torch {torch.__version__}, gymnasium {gymnasium.__version__}, {os.cpu_count()} cores, one "
-        f"thread, device {args.device}; the median of {args.repeats} rounds [lowest, highest]. Every trajectory has "
-        "its full length; only LunarLander's, of a fresh policy and in one round, end by themselves. The outer "
+        f"thread, device {args.device}; the median of {args.repeats} rounds, of one where "
+        f"a round takes longer than {LONG:g} s [lowest, highest]. Every trajectory has "
+        "its full length; only LunarLander's end by themselves. The outer "
         "gradient includes the δ-step's and the optimiser. MB: peak memory, imports included. × reference: env steps "
         "a second over those of the conventional design, a Python loop over tasks with `torch.func.functional_call` "
         "and gymnasium's vector CartPole."
