@@ -1,0 +1,171 @@
+"""Seconds, memory and profile of one configuration of run.py's, in a process of its own. Used by benchmark.py."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+
+import maml
+import run
+from tests import reference
+
+WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """S runs of an algorithm; design: the shipped code's, or the conventional one."""
+
+    env: str
+    algo: str
+    S: int
+    M: int
+    K: int
+    H: int | None  # None: the environment's
+    hidden: int
+    design: str = "shipped"
+
+    def settings(self):
+        """What run.py makes of it: the task family, and every run's settings."""
+        words = ["--env", self.env, "--algo", self.algo, "--seed", *range(1, self.S + 1), "--tasks", self.M]
+        words += ["--trajectories", self.K, "--hidden", self.hidden, self.hidden]
+        args = run.parse_args([str(word) for word in words + (["--horizon", self.H] if self.H else [])])
+        env = run.resolve_env(args)
+        return env, list(run.resolve_runs(args, self.algo, env).values())
+
+
+def endless(env):
+    """The task family with every trajectory of full length: the most work there can be, and always the same.
+
+    gymnasium's environments, which worker processes hold, stay as they are.
+    """
+
+    def dynamics(phi, noise):
+        state, step = env.dynamics(phi, noise)
+        never = torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
+        return state, lambda state, action: (*step(state, action)[:2], never, never)
+
+    return env if env.in_workers else replace(env, dynamics=dynamics)
+
+
+@contextlib.contextmanager
+def opened(configuration, device):
+    """(batch, problem) as run.py makes them."""
+    torch.set_num_threads(1)
+    run.keep_memory()
+    env, settings = configuration.settings()
+    with run.open_problem(endless(env), os.cpu_count()) as problem:
+        yield run.stack([run.new_state(s, problem) for s in settings], [None] * len(settings), device), problem
+
+
+def clock():
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_epoch(batch, problem):
+    """Seconds of one run.train_epoch and of its parts, and its env steps.
+
+    "outer" is what is neither sampling nor the inner gradient: the δ-step's gradient and the optimiser too.
+    """
+    inner, adapt = [], maml.adapt
+
+    def timed_adapt(theta, task_loss, *args, **kwargs):
+        start, sampled = clock(), task_loss.seconds
+        adapted = adapt(theta, task_loss, *args, **kwargs)
+        inner.append(clock() - start - (task_loss.seconds - sampled))
+        return adapted
+
+    def totals():
+        return {key: sum(t[key] for t in batch.totals) for key in ("seconds", "sample_seconds", "env_steps")}
+
+    before, start = totals(), clock()
+    with mock.patch.object(maml, "adapt", timed_adapt):
+        run.train_epoch(batch, problem)
+    seconds, after = clock() - start, totals()
+    logged, sampling, env_steps = (after[key] - before[key] for key in before)
+    outer = logged - sampling - sum(inner)
+    return {"epoch": seconds, "sampling": sampling, "inner": sum(inner), "outer": outer, "env_steps": env_steps}
+
+
+def make_reference_epoch(configuration):
+    """A function that trains one epoch by the conventional design; returns its seconds and env steps."""
+    torch.set_num_threads(1)
+    env, [settings] = configuration.settings()
+    policy = reference.make_policy(configuration.hidden)
+    sample = reference.make_sampler(policy, settings["trajectories"], settings["horizon"])
+    optimizer = torch.optim.SGD(policy.parameters(), settings["beta"])
+    alpha, gamma, delta = (settings[key] for key in ("alpha", "gamma", "delta"))
+    second_order = configuration.algo != "fomaml"
+
+    def epoch():
+        start, sample.env_steps = clock(), 0
+        if delta is not None:
+            reference.medium_step(policy, sample, sum(env.low + env.high) / 2, delta, gamma)
+        gravities = torch.empty(settings["tasks"]).uniform_(*env.low, *env.high).tolist()
+        reference.meta_gradient(policy, sample, gravities, alpha, gamma, second_order)
+        optimizer.step()
+        return {"epoch": clock() - start, "env_steps": sample.env_steps}
+
+    return epoch
+
+
+def median_epoch(epochs):
+    return sorted(epochs, key=lambda epoch: epoch["epoch"])[len(epochs) // 2]
+
+
+def measure(configuration, device, seconds=0.5):
+    """The median of the epochs in so many seconds, one at least, after WARM_UP; and the peak memory, MB."""
+    with contextlib.ExitStack() as stack:
+        if configuration.design == "shipped":
+            batch, problem = stack.enter_context(opened(configuration, device))
+            epoch = lambda: time_epoch(batch, problem)  # noqa: E731
+        else:
+            epoch = make_reference_epoch(configuration)
+        for _ in range(WARM_UP):
+            epoch()
+        start, epochs = clock(), []
+        while not epochs or clock() - start < seconds:
+            epochs.append(epoch())
+    return median_epoch(epochs) | {"memory": peak_memory(device)}
+
+
+def peak_memory(device):
+    """MB: of the GPU, or of this process and its workers, each taken to be as large as the largest."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + os.cpu_count() * worker) * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def profile(configuration, device):
+    """One epoch by torch's profiler, after WARM_UP: {operation: (calls, seconds of its own)}, and "Python"."""
+    on_gpu = device == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
+    with opened(configuration, device) as (batch, problem):
+        for _ in range(WARM_UP):
+            run.train_epoch(batch, problem)
+        with torch.profiler.profile(activities=activities) as profiler:
+            start = clock()
+            run.train_epoch(batch, problem)
+            seconds = clock() - start
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    spent = {event.key: (event.count, getattr(event, own) / 1e6) for event in profiler.key_averages()}
+    return spent | {"(Python, or idle)": ("", seconds - sum(s for _, s in spent.values()))}
+
+
+def in_fresh_processes(function, *calls):
+    """function(*call) for every call at once, each in a process of its own that has imported this module only."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.measure", "torch._dynamo"])  # the latter is what an optimiser imports first
+    with ProcessPoolExecutor(len(calls), context, max_tasks_per_child=1) as pool:
+        return [future.result() for future in [pool.submit(function, *call) for call in calls]]

@@ -1,0 +1,98 @@
+"""benchmark.py at tiny sizes; and its reference, the conventional design, against the shipped code."""
+
+import torch
+
+import envs
+import policies
+import run
+from tests import benchmark, measure, reference
+
+
+def tables(text):
+    """{heading of the section: its tables, each a list of rows}."""
+    found = {}
+    for section in text.split("\n## ")[1:]:
+        heading, _, body = section.partition("\n")
+        blocks = [block.splitlines()[2:] for block in body.strip().split("\n\n") if block.startswith("| ")]
+        found[heading] = [[row.strip("| ").split(" | ") for row in block] for block in blocks]
+    return found
+
+
+def test_every_part_has_its_rows(tmp_path, capsys):
+    benchmark.main(["--small", "--repeats", "1", "--env", "point", "--algo", "maml", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text() == text and text.splitlines()[-1].startswith("| ")
+    found = tables(text)
+    [epoch] = found["Every task family and algorithm"]
+    [sweep, conventional] = found["CartPole: runs, tasks and trajectories"]
+    assert [row[:2] for row in epoch] == [["point", "maml"]]
+    # a base and one other value of S, M and K, for three algorithms; the conventional design for both values of K
+    assert len(sweep) == 3 * 4 and len(conventional) == 3 * 2
+    for row in sweep:
+        seconds, parts = float(row[4].split()[0]), list(map(float, row[5:8]))
+        assert min(parts) > 0 and abs(sum(parts) - seconds) < 0.1 * seconds + 2e-4, row  # printed to 1e-4
+    [growth] = found["How cost grows"]
+    assert [row[0] for row in growth] == ["S", "M", "K", "H", "hidden"]
+    sampling, lander = found["LunarLander"]
+    assert [row[0] for row in sampling] == ["fresh policy"] and [row[1] for row in lander] == ["maml", "directed-maml"]
+    assert [len(block) for block in found["Profile"]] == [12, 12]
+    assert len(found["Targets"][0]) == 4
+
+
+def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():
+    configuration = measure.Configuration("crossing", "directed-maml", S=2, M=3, K=4, H=5, hidden=8)
+    with measure.opened(configuration, "cpu") as (batch, problem), measure.opened(configuration, "cpu") as (twin, _):
+        timed = measure.time_epoch(batch, problem)
+        run.train_epoch(twin, problem)
+    assert all(torch.equal(p, twin.theta[name]) for name, p in batch.theta.items())
+    assert timed["env_steps"] == 2 * (1 + 3 + 3) * 4 * 5  # S (medium task + M before + M after) K H: nothing terminates
+    parts = [timed[part] for part in ("sampling", "inner", "outer")]
+    assert min(parts) > 0 and 0 <= timed["epoch"] - sum(parts) < 0.1 * timed["epoch"] + 0.01
+
+
+def epoch_in_float64(algo):
+    """θ after an epoch of one run by the shipped code, θ before, its settings, and the trajectories: a batch a call."""
+    configuration = measure.Configuration("cartpole", algo, S=1, M=3, K=4, H=6, hidden=5)
+    recorded = []
+
+    def sample(params, phi, noise):
+        noise = {key: x.double() for key, x in noise.items()}
+        recorded.append(envs.rollout(problem.env, policies.actor(params, problem.head), phi.double(), noise))
+        return recorded[-1]
+
+    with measure.opened(configuration, "cpu") as (batch, problem):
+        [state] = run.split(batch)
+        state["settings"] |= {"alpha": 0.1, "beta": 0.01, "delta": state["settings"]["delta"] and 0.05}
+        before = state["theta"] = {name: p.double() for name, p in state["theta"].items()}
+        batch = run.stack([state], [None], "cpu")
+        run.train_epoch(batch, problem._replace(sample=sample))
+    return batch.theta, before, state["settings"], recorded
+
+
+def test_the_conventional_design_trains_as_the_shipped_code_on_the_same_trajectories():
+    after = {}
+    for algo in benchmark.COMPARED:
+        theta, before, settings, recorded = epoch_in_float64(algo)
+        after[algo] = torch.cat([p.detach().flatten() for p in theta.values()])
+        policy = reference.make_policy(5).double()
+        for p, name in zip(policy.parameters(), before, strict=True):  # weights, biases in the same order; (out, in)
+            p.data = before[name][0, 0].T.clone() if p.dim() == 2 else before[name][0, 0, 0].clone()
+        calls = [(recorded.pop(0), 0)] if algo.startswith("directed") else []
+        inner, outer = recorded
+        calls += [(batch, task) for task in range(3) for batch in (inner, outer)]  # the order of a loop over tasks
+
+        def sample(params, gravity, calls=calls):
+            batch, task = calls.pop(0)
+            return [batch[key][0, task].transpose(0, 1) for key in ("obs", "actions", "rewards")]  # (H, K, ...)
+
+        gamma = settings["gamma"]
+        if algo.startswith("directed"):
+            reference.medium_step(policy, sample, 10.0, settings["delta"], gamma)
+        reference.meta_gradient(policy, sample, [0.0] * 3, settings["alpha"], gamma, second_order=algo != "fomaml")
+        torch.optim.SGD(policy.parameters(), settings["beta"]).step()
+        for p, name in zip(policy.parameters(), before, strict=True):
+            expected = theta[name][0, 0].T if p.dim() == 2 else theta[name][0, 0, 0]
+            assert torch.allclose(p, expected, rtol=0, atol=1e-12), (algo, name)
+        assert not calls
+    # at this precision the three are far apart
+    assert min((after["maml"] - after[other]).abs().max() for other in benchmark.COMPARED[1:]) > 1e-6
