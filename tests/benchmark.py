@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import envs
 import maml
+import report
 import run
 from tests import replay
 from tests.measure import Configuration, in_fresh_processes, measure, median_epoch, profile, time_epoch
@@ -171,9 +172,9 @@ def lunarlander_starts(checkpoints, base):
     """(label, env, states) of a fresh policy; of the first checkpoint; and of all of them as one batch."""
     horizon = min(base.H * 2, envs.ENVS["lunarlander"].horizon)
     env, [settings] = replace(base, env="lunarlander", algo="directed-maml", H=horizon).settings()
-    with run.open_problem(env, 0) as problem:
-        yield "fresh policy", env, [run.new_state(settings, problem)]
-    states = [run.load(Path(path).parent) for path in checkpoints]
+    with run.open_problem(env, 0, "cpu") as problem:
+        yield "fresh policy", env, [run.new_state(settings, problem.env)]
+    states = [run.load(Path(path)) for path in checkpoints]
     for state in states:  # of any algorithm: they serve both
         state["settings"] = settings | state["settings"] | {"delta": settings["delta"]}
     for some in [states[:1], states][: len(states)]:
@@ -193,7 +194,7 @@ def lunarlander_tables(args, base):
             for algo in TABLE_II
         }
         rates, timed = [], {algo: [] for algo in TABLE_II}
-        with replay.replayers(cores) as pool, run.open_problem(env, cores) as problem:
+        with replay.replayers(cores) as pool, run.open_problem(env, cores, "cpu") as problem:
             for turn in tqdm(range(args.repeats + 1), f"lunarlander, {label}", disable=None):
                 rng = envs.generators(range(count), run.WATCH, turn)
                 phi = envs.sample_tasks(env, rng, settings["tasks"])
@@ -317,7 +318,7 @@ def main(argv=None):
     print(text, end="")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        run.write_atomically(args.out / "README.md", text)
+        report.write_atomically(args.out / "README.md", text)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def opened(configuration, device):
     torch.set_num_threads(1)
     run.keep_memory()
     env, settings = configuration.settings()
-    with run.open_problem(endless(env), os.cpu_count()) as problem:
-        yield run.stack([run.new_state(s, problem) for s in settings], [None] * len(settings), device), problem
+    with run.open_problem(endless(env), os.cpu_count(), device) as problem:
+        yield run.stack([run.new_state(s, problem.env) for s in settings], [None] * len(settings), device), problem
 
 
 def clock():
@@ -90,7 +90,7 @@ def time_epoch(batch, problem):
 
     before, start = totals(), clock()
     with mock.patch.object(maml, "adapt", timed_adapt):
-        run.train_epoch(batch, problem)
+        run.train_epoch(batch, problem, run.Ranks())
     seconds, after = clock() - start, totals()
     logged, sampling, env_steps = (after[key] - before[key] for key in before)
     outer = logged - sampling - sum(inner)
@@ -153,10 +153,10 @@ def profile(configuration, device):
     activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
     with opened(configuration, device) as (batch, problem):
         for _ in range(WARM_UP):
-            run.train_epoch(batch, problem)
+            run.train_epoch(batch, problem, run.Ranks())
         with torch.profiler.profile(activities=activities) as profiler:
             start = clock()
-            run.train_epoch(batch, problem)
+            run.train_epoch(batch, problem, run.Ranks())
             seconds = clock() - start
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     spent = {event.key: (event.count, getattr(event, own) / 1e6) for event in profiler.key_averages()}

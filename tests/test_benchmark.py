@@ -43,7 +43,7 @@ def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():
     configuration = measure.Configuration("crossing", "directed-maml", S=2, M=3, K=4, H=5, hidden=8)
     with measure.opened(configuration, "cpu") as (batch, problem), measure.opened(configuration, "cpu") as (twin, _):
         timed = measure.time_epoch(batch, problem)
-        run.train_epoch(twin, problem)
+        run.train_epoch(twin, problem, run.Ranks())
     assert all(torch.equal(p, twin.theta[name]) for name, p in batch.theta.items())
     assert timed["env_steps"] == 2 * (1 + 3 + 3) * 4 * 5  # S (medium task + M before + M after) K H: nothing terminates
     parts = [timed[part] for part in ("sampling", "inner", "outer")]
@@ -65,7 +65,7 @@ def epoch_in_float64(algo):
         state["settings"] |= {"alpha": 0.1, "beta": 0.01, "delta": state["settings"]["delta"] and 0.05}
         before = state["theta"] = {name: p.double() for name, p in state["theta"].items()}
         batch = run.stack([state], [None], "cpu")
-        run.train_epoch(batch, problem._replace(sample=sample))
+        run.train_epoch(batch, problem._replace(sample=sample), run.Ranks())
     return batch.theta, before, state["settings"], recorded
 
 
