@@ -5,6 +5,7 @@ All runs of one algorithm, seeds × deltas, are one batched program along the fi
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import ctypes
@@ -225,7 +226,22 @@ def check_pairs(args):
             fail(f"{flag} {' '.join(map(str, values))}: a value stands twice; name each once", 2)
 
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+class SGD:
+    """The plain step p ← p − lr p.grad, bit for bit torch.optim.SGD's; but the first use of that one imports torch's
+    compiler, which takes 1.4 s: as long as all else before the first epoch."""
+
+    def __init__(self, groups, lr):
+        self.param_groups = [{"lr": lr} | group for group in groups]
+        self.state = collections.defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+OPTIMIZERS = {"sgd": SGD, "adam": torch.optim.Adam}
 TABLE_I = {"alpha": 0.001, "beta": 0.001, "delta": 0.005, "inner_steps": 1, "baseline": "task"}
 # Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
 REPTILE = {"beta": 1.0, "inner_steps": 5}
@@ -429,7 +445,7 @@ class Batch:
     epoch: int
     theta: dict
     alpha: dict | float  # a dict where it is learned: Meta-SGD
-    optimizer: torch.optim.Optimizer
+    optimizer: SGD | torch.optim.Adam
     totals: (
         list  # one dict a run: env_steps, seconds, sample_seconds; smoothed (return_post), converged (for delta_until)
     )
@@ -528,6 +544,7 @@ class Ranks:
     def __init__(self):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.tasks = slice(self.rank, None, self.count)  # its own of M tasks
+        self.parent = os.getppid()
         if self.count > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             if torch.cuda.is_available():
@@ -568,6 +585,10 @@ class Ranks:
             with self.connected():
                 dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def abandoned(self):
+        """Whether torchrun itself was killed: nobody would end its ranks."""
+        return self.count > 1 and os.getppid() != self.parent
 
     def leave(self):
         if self.count > 1:
@@ -923,7 +944,7 @@ def command(argv, ranks):
 
         def stop():
             """Whether this rank or another has caught a signal: one answer for all, whenever it comes."""
-            caught = torch.tensor([float(len(signals))])
+            caught = torch.tensor([float(bool(signals) or ranks.abandoned())])
             ranks.sum([caught])
             if caught:
                 stopped.append(signals[0] if signals else signal.SIGTERM)

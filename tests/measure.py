@@ -166,6 +166,6 @@ def profile(configuration, device):
 def in_fresh_processes(function, *calls):
     """function(*call) for every call at once, each in a process of its own that has imported this module only."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.measure", "torch._dynamo"])  # the latter is what an optimiser imports first
+    context.set_forkserver_preload(["tests.measure", "torch._dynamo"])  # the latter for torch.optim, in the reference
     with ProcessPoolExecutor(len(calls), context, max_tasks_per_child=1) as pool:
         return [future.result() for future in [pool.submit(function, *call) for call in calls]]

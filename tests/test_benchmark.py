@@ -18,8 +18,9 @@ def tables(text):
     return found
 
 
-def test_every_part_has_its_rows(tmp_path, capsys):
-    benchmark.main(["--small", "--repeats", "1", "--env", "point", "--algo", "maml", "--out", str(tmp_path)])
+def test_every_configuration_has_its_row(tmp_path, capsys):
+    words = ["--small", "--repeats", "1", "--env", "point", "--algo", "maml", "--part", "epoch", "reference"]
+    benchmark.main([*words, "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert (tmp_path / "README.md").read_text() == text and text.splitlines()[-1].startswith("| ")
     found = tables(text)
@@ -31,12 +32,7 @@ def test_every_part_has_its_rows(tmp_path, capsys):
     for row in sweep:
         seconds, parts = float(row[4].split()[0]), list(map(float, row[5:8]))
         assert min(parts) > 0 and abs(sum(parts) - seconds) < 0.1 * seconds + 2e-4, row  # printed to 1e-4
-    [growth] = found["How cost grows"]
-    assert [row[0] for row in growth] == ["S", "M", "K", "H", "hidden"]
-    sampling, lander = found["LunarLander"]
-    assert [row[0] for row in sampling] == ["fresh policy"] and [row[1] for row in lander] == ["maml", "directed-maml"]
-    assert [len(block) for block in found["Profile"]] == [12, 12]
-    assert len(found["Targets"][0]) == 4
+    assert len(found["Targets"][0]) == 3
 
 
 def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():

@@ -14,7 +14,8 @@ import torch
 from tests.test_run import SMALL, rows
 
 REPOSITORY = Path(__file__).parent.parent
-PROGRAM = "import sys, run; run.CHECKPOINT_SECONDS = 0; run.main(sys.argv[1:])"  # a checkpoint after every epoch
+# A checkpoint after every epoch, and no figures.
+PROGRAM = "import sys; sys.modules['matplotlib'] = None; import run; run.CHECKPOINT_SECONDS = 0; run.main(sys.argv[1:])"
 COMMAND = ["--env", "point", "--algo", "directed-maml", "--seed", "1", "2", *SMALL, "--tasks", "10"]
 
 

@@ -104,6 +104,20 @@ def test_help_gives_every_flag_with_an_example_and_its_default(capsys, monkeypat
             assert f"e.g. --{flag} " in entry, entry
 
 
+def test_the_plain_step_is_torchs_sgd_bit_for_bit():
+    leaves = [[torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)] for _ in range(2)]
+    optimizers = []
+    for (a, b, *gradients), make in zip(leaves, (run.SGD, torch.optim.SGD), strict=True):
+        optimizers.append(make([{"params": [a]}, {"params": [b], "lr": 0.3}], lr=0.1))
+        for p, gradient in zip((a, b), gradients, strict=True):
+            p.grad = gradient
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
+    for ours, torchs in zip(*leaves, strict=True):
+        assert torch.equal(ours, torchs)
+
+
 def test_meta_sgds_alpha_has_a_step_of_its_own(tmp_path):
     """One SGD step moves α by beta_alpha times its gradient, and θ by beta: twice the step, twice the way."""
     moves = {}

@@ -4,6 +4,7 @@ The suite does a little of it; this takes from minutes to an hour.
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import random
@@ -29,6 +30,9 @@ CASES = {
     "lunarlander": ([], [
         *("--env", "lunarlander", "--algo", "directed-fomaml", "--workers", "2", "--horizon", "25", "--epochs", "120"),
     ]),
+    "ranks": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable], [
+        *("--env", "cartpole", "--algo", "directed-maml", "--seed", "1", "2", "--horizon", "20", "--epochs", "120"),
+    ]),
 }  # fmt: skip
 
 
@@ -36,7 +40,8 @@ def command(case, out, checkpoint_seconds):
     """The case's command. Checkpoints come much more often than by default, so that kills hit their writing."""
     before, words = CASES[case]
     words = [*words, *SMALL, "--out", str(out), "--resume"]
-    code = f"import run; run.CHECKPOINT_SECONDS = {checkpoint_seconds}; run.main({words!r})"
+    no_figures = "import sys; sys.modules['matplotlib'] = None"
+    code = f"{no_figures}; import run; run.CHECKPOINT_SECONDS = {checkpoint_seconds}; run.main({words!r})"
     return [sys.executable, *before, "-c", code]
 
 
@@ -44,7 +49,7 @@ def start(case, out, checkpoint_seconds=0.0):
     """The case's process, in a session of its own, so that orphans are found."""
     return subprocess.Popen(
         command(case, out, checkpoint_seconds), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TORTURED": str(out)},
     )  # fmt: skip
 
 
@@ -55,38 +60,43 @@ def finish(case, out, **options):
         raise SystemExit(f"{case}: exit code {process.returncode}\n{error}")
 
 
-def members(session):
-    """Processes alive in a session: list of process ids."""
+def members(session, out=None):
+    """Processes alive in a session, or (torchrun's ranks have their own) tortured in the folder `out`: list of ids."""
     alive = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             state, _, _, owner = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
+            variables = Path(f"/proc/{name}/environ").read_bytes().split(b"\0") if out is not None else []
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended, or another user's
             continue
-        if int(owner) == session and state != "Z":
+        if state != "Z" and (int(owner) == session or f"TORTURED={out}".encode() in variables):
             alive.append(int(name))
     return alive
 
 
-def wait_for_the_end(session, patience=60):
+def wait_for_the_end(session, out=None, patience=60):
     """Raises SystemExit where a process of the session still lives after so many seconds."""
     deadline = time.time() + patience
-    while orphans := members(session):
+    while orphans := members(session, out):
         if time.time() > deadline:
             raise SystemExit(f"orphans after {patience} s: {orphans}")
         time.sleep(0.05)
 
 
-def kill(process):
+def kill(process, out):
     """kill -9 the main process alone; its workers must end by themselves."""
     process.kill()
     process.communicate()
-    wait_for_the_end(process.pid)
+    wait_for_the_end(process.pid, out)
 
 
 def progress(out):
-    """What the logs of all runs hold, in bytes."""
-    return sum(path.stat().st_size for path in out.rglob("log.csv"))
+    """What the logs of all runs hold, in bytes; one may be replaced meanwhile."""
+    sizes = []
+    for path in out.rglob("log.csv"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(path.stat().st_size)
+    return sum(sizes)
 
 
 def torture(case, out, kills, rng, checkpoint_seconds=0.0):
@@ -104,7 +114,7 @@ def torture(case, out, kills, rng, checkpoint_seconds=0.0):
         if process.poll() is not None and process.returncode != 0:
             raise SystemExit(f"{case}: exit code {process.returncode}\n{process.communicate()[1]}")
         hit["kills"] += process.poll() is None
-        kill(process)
+        kill(process, out)
         hit["while checkpoints were written"] += any(out.rglob("checkpoint.pt.tmp"))
     finish(case, out, checkpoint_seconds=checkpoint_seconds)
     return hit
