@@ -241,7 +241,7 @@ ENVS = {
     ),
     "lunarlander": Env(  # its attribute is the vertical component, −φ
         phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400, obs_dim=8, actions=4, reset_noise=1,
-        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0), threshold=100.0, epochs=500, in_workers=True,
+        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0), threshold=75.0, epochs=500, in_workers=True,
     ),
     "crossing": Env(
         phi=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,

@@ -330,16 +330,16 @@ def fill(path):
         wanted = json.loads(match[2])
         lines = []
         for name, place in wanted["lines"].items():
-            folder, label = place.split("/", 1)
+            folder, label = place.rsplit("/", 1)
             runs = read_summary((path.parent / folder / "summary.csv").read_text(encoding="utf-8"))
             algo = runs[label]["algo"][0]
             twins = runs.get(algo.removeprefix("directed-")) if algo in DIRECTED else None
             line = cells(name, runs[label], twins)
             lines.append({column: line[column] for column in ("algorithm", *wanted["columns"])})
-        return f"{match[1]}\n{markdown(lines)}\n"
+        return f"{match[1]}\n\n{markdown(lines)}\n"
 
     text = path.read_text(encoding="utf-8")
-    write_atomically(path, re.sub(r"(<!-- report (\{.*\}) -->)\n(?:\|.*\n)*", filled, text))
+    write_atomically(path, re.sub(r"(<!-- report (\{.*\}) -->)\n\n?(?:\|.*\n)*", filled, text))
 
 
 def text(labels, table):

@@ -163,7 +163,7 @@ def parse_args(argv):
         shown="cartpole 200; lunarlander 400; crossing 60; point, velocity 20; gymnasium's", type=count)
     add("--epochs", "1000", "E", shown="cartpole, crossing 400; point, velocity 200; else 500", type=count)
     add("--threshold", "175", "mean return from which a run counts as converged",
-        shown="cartpole 175; lunarlander 100; crossing 38; point -2; velocity -5", type=number(float))
+        shown="cartpole 175; lunarlander 75; crossing 38; point -2; velocity -5", type=number(float))
     add("--inner-steps", "3", "gradient steps of an adaptation", shown="1; reptile 5", type=count)
     add("--hidden", "100 100", "widths of the tanh layers", [64, 64], "64 64", nargs="+", type=count)
     add("--medium", "sampled", "medium task: mean of ρ; sampled or median: mean or geometric median of the epoch's "
@@ -544,8 +544,11 @@ class Ranks:
     def __init__(self):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.tasks = slice(self.rank, None, self.count)  # its own of M tasks
-        self.parent = os.getppid()
         if self.count > 1:
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(
+                    1, signal.SIGTERM
+                )  # PR_SET_PDEATHSIG: where torchrun is killed, nobody else ends us
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -585,10 +588,6 @@ class Ranks:
             with self.connected():
                 dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
-
-    def abandoned(self):
-        """Whether torchrun itself was killed: nobody would end its ranks."""
-        return self.count > 1 and os.getppid() != self.parent
 
     def leave(self):
         if self.count > 1:
@@ -944,7 +943,7 @@ def command(argv, ranks):
 
         def stop():
             """Whether this rank or another has caught a signal: one answer for all, whenever it comes."""
-            caught = torch.tensor([float(bool(signals) or ranks.abandoned())])
+            caught = torch.tensor([float(len(signals))])
             ranks.sum([caught])
             if caught:
                 stopped.append(signals[0] if signals else signal.SIGTERM)

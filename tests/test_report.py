@@ -129,7 +129,7 @@ def test_the_table_is_made_of_summary_csv_alone_and_other_files_are_filled_from_
     page.write_text(f"before\n\n{marker}\n| stale |\n| --- |\n\nafter\n")
     report.fill(page)
     head = "| algorithm | converged | epochs to convergence |\n| --- | --- | --- |\n"
-    assert page.read_text() == f"before\n\n{marker}\n{head}| ours | 3/3 | 2 [2, 2] |\n\nafter\n"
+    assert page.read_text() == f"before\n\n{marker}\n\n{head}| ours | 3/3 | 2 [2, 2] |\n\nafter\n"
 
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "results" / "README.md"]
