@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -546,14 +547,17 @@ class Ranks:
         self.tasks = slice(self.rank, None, self.count)  # its own of M tasks
         if self.count > 1:
             if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(
-                    1, signal.SIGTERM
-                )  # PR_SET_PDEATHSIG: where torchrun is killed, nobody else ends us
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nobody ends a killed torchrun's ranks
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-            self.store, *_ = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count)
+            # torchrun keeps the store itself, before there are ranks: where it is not found, it was killed meanwhile.
+            by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            patience = timedelta(seconds=30) if by_torchrun else dist.default_pg_timeout
+            with self.connected():
+                self.store, *_ = next(dist.rendezvous("env://", timeout=patience))
+                self.store.set_timeout(dist.default_pg_timeout)
+                dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count)
 
     @contextlib.contextmanager
     def connected(self):
