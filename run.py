@@ -50,7 +50,7 @@ EVAL_FIELDS = ["epoch", "phi", "step", "return"]
 INIT, TASKS, MEDIUM, EVALUATION, WATCH = range(5)  # the number streams of envs.generators
 CHECKPOINT, ASIDE = "checkpoint.pt", "checkpoint.pt.tmp"
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 # --- what is wrong ends here ---
@@ -188,7 +188,7 @@ def parse_args(argv):
     add("--eval-range", "0 20", "the held-out tasks' range, LOW HIGH for each component of φ", shown="Φ",
         nargs="+", type=float, metavar="BOUND")
     add("--eval-steps", "1", "evaluate after 0, 1, .. this many inner steps", 3, type=count)
-    add("--out", "/tmp/runs", "folder of all runs", Path("runs"), type=Path)
+    add("--out", "../runs", "folder of all runs", Path("runs"), type=Path)
     add("--watch", "runs/cartpole-pg/maml/seed1 --phi 12", "show one episode of that run's policy, adapted to a task",
         type=Path, metavar="RUN")
     add("--phi", "12", "the task to watch", shown="the mean task", nargs="+", type=number(float))
