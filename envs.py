@@ -559,7 +559,7 @@ def signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # multiprocessing's helper, which unblocks them when it is started
+    resource_tracker.ensure_running()  # multiprocessing's own process, which unblocks them when it is started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         yield
@@ -569,6 +569,14 @@ def signals_blocked():
 
 class WorkerError(RuntimeError):
     """A worker process died, or an environment in it failed."""
+
+
+def rollout_here(env, make_act, params, phi, noise):
+    """As `rollout` with act = make_act(params); whatever a foreign environment raises is a WorkerError."""
+    try:
+        return rollout(env, make_act(params), phi, noise)
+    except Exception as error:
+        raise WorkerError(f"the environment failed: {first_line(error)}") from error
 
 
 class Workers:

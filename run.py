@@ -1035,8 +1035,10 @@ def open_problem(env, workers, device):
     make_act = partial(policies.actor, head=head)
     if device == "cuda" and not env.in_workers:
         yield Problem(env, head, envs.CapturedRollout(env, make_act))
-    elif workers == 0 or not env.in_workers:
+    elif not env.in_workers:
         yield Problem(env, head, lambda params, phi, noise: envs.rollout(env, make_act(params), phi, noise))
+    elif workers == 0:
+        yield Problem(env, head, partial(envs.rollout_here, env, make_act))
     else:
         with envs.Workers(env, workers) as processes:
             yield Problem(env, head, partial(processes.rollout, make_act))

@@ -469,6 +469,8 @@ def failing_policy(params):
 def test_what_fails_in_a_worker_is_said_here_and_a_dead_one_is_noticed():
     env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
     noise, phi = draw_noise(env, generators([0], 0), 1, 2), sample_tasks(env, generators([0], 1), 1)
+    with pytest.raises(envs.WorkerError, match="the environment failed: FloatingPointError: no such luck"):
+        envs.rollout_here(env, failing_policy, {}, phi, noise)
     with envs.Workers(env, 2) as workers:
         with pytest.raises(envs.WorkerError, match="FloatingPointError: no such luck"):
             workers.rollout(failing_policy, {}, phi, noise)
