@@ -186,7 +186,7 @@ def parse_args(argv):
     add("--threads", "4", "CPU threads; more than one pays only in large sweeps", 1, type=number(int, 1, 1024))
     add("--eval-every", "10", "epochs between evaluations", 50, type=count)
     add("--eval-range", "0 20", "the held-out tasks' range, LOW HIGH for each component of φ", shown="Φ",
-        nargs="+", type=float, metavar="BOUND")
+        nargs="+", type=number(float), metavar="BOUND")
     add("--eval-steps", "1", "evaluate after 0, 1, .. this many inner steps", 3, type=count)
     add("--out", "../runs", "folder of all runs", Path("runs"), type=Path)
     add("--watch", "runs/cartpole-pg/maml/seed1 --phi 12", "show one episode of that run's policy, adapted to a task",
@@ -302,12 +302,15 @@ def resolve_runs(args, algo, env):
     plain += " eval_range delta_schedule"
     common = {"algo": algo} | {key: getattr(args, key) for key in plain.split()} | defaults | given
     common |= {"horizon": env.horizon, "low": list(env.low), "high": list(env.high)}
-    common["medium"] = resolve_medium(args, env)
+    if algo == base:  # no δ-step, so none of its settings
+        common |= {"medium": None, "delta_schedule": None}
+    else:
+        common["medium"] = resolve_medium(args, env)
     # Paper: α by β too. Here: α times β, since at β = 0.001 every step moves α by many times its 0.001: it diverges.
     own_step = args.beta_alpha or common["alpha"] * common["beta"]
     common["beta_alpha"] = own_step if base == "meta-sgd" else None
     deltas = (args.delta or [defaults["delta"]]) if algo != base else [None]
-    common["delta_until"] = env.threshold if args.delta_schedule == "converged" else None
+    common["threshold"] = env.threshold if common["delta_schedule"] == "converged" else None  # else of reports alone
     runs = {}
     for delta, seed in itertools.product(deltas, args.seed):
         folder = root(args) / algo / ("" if delta is None else f"delta{delta:.12g}") / f"seed{seed}"
@@ -447,9 +450,7 @@ class Batch:
     theta: dict
     alpha: dict | float  # a dict where it is learned: Meta-SGD
     optimizer: SGD | torch.optim.Adam
-    totals: (
-        list  # one dict a run: env_steps, seconds, sample_seconds; smoothed (return_post), converged (for delta_until)
-    )
+    totals: list  # one dict a run: env_steps, seconds, sample_seconds; smoothed return_post, converged
 
     @property
     def device(self):
@@ -683,8 +684,8 @@ def train_epoch(batch, problem, ranks):
     for run, totals in enumerate(batch.totals):
         totals["env_steps"] += int(env_steps[run])
         totals["smoothed"] = report.smoothed(totals["smoothed"], float(post[run]))
-        if settings["delta_until"] is not None:
-            totals["converged"] |= totals["smoothed"] > settings["delta_until"]
+        if settings["threshold"] is not None:
+            totals["converged"] |= totals["smoothed"] > settings["threshold"]
         totals["seconds"] += seconds / len(batch.totals)  # a run's share of the batch's time
         totals["sample_seconds"] += sample_seconds / len(batch.totals)
         times = [f"{totals[key]:.4f}" for key in ("seconds", "sample_seconds")]

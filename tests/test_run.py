@@ -336,6 +336,18 @@ def test_cuda_agrees_with_the_cpu_and_checkpoints_move_between_them(tmp_path, mo
             assert float(cpu[key]) == pytest.approx(float(cuda[key]), rel=1e-6)
 
 
+def test_the_settings_of_the_delta_step_are_those_of_directed_runs_alone(tmp_path, capsys):
+    """What a mixed command began, each algorithm's own command goes on with, and --watch opens."""
+    words = ["--medium", "random", "--delta-schedule", "converged"]
+    go(tmp_path, *words, algo="maml directed-maml", epochs=1)
+    go(tmp_path, "--resume", algo="maml", epochs=2)
+    go(tmp_path, *words, "--resume", algo="directed-maml", epochs=2)
+    for folder in ("maml/seed1", "directed-maml/delta0.005/seed1"):
+        assert len(rows(tmp_path / "cartpole-pg" / folder / "log.csv")) == 2
+        run.main(["--watch", str(tmp_path / "cartpole-pg" / folder)])
+    assert capsys.readouterr().out.count("wrote ") == 2
+
+
 # --- it learns ---
 
 
