@@ -267,9 +267,11 @@ def improvement(ours, theirs):
     return f"{wins.mean():.2f} [{means[int(0.025 * RESAMPLES)]:.2f}, {means[int(0.975 * RESAMPLES)]:.2f}]"
 
 
-def cells(label, runs, twins):
-    """A line of the table: {column: text}; runs: the columns of summary.csv; twins: those of the same algorithm without
-    the δ-step, or None."""
+def cells(name, label, labels):
+    """A line of the table for the runs `label` of a summary, shown as `name`: {column: text}."""
+    runs = labels[label]
+    algo = runs["algo"][0]
+    twins = labels.get(algo.removeprefix("directed-")) if algo in DIRECTED else None  # the same without the δ-step
     good = [i for i, failed in enumerate(runs["failed"]) if not failed]
     count, failed = len(runs["failed"]), len(runs["failed"]) - len(good)
     epochs, means, stds = (np.array(runs[key]) for key in ("epochs", "seconds_mean", "seconds_std"))
@@ -283,7 +285,7 @@ def cells(label, runs, twins):
         faster = improvement(runs[spent[0]], twins[spent[0]])
     returns = ("final_return", "spread", "held_out_before", "held_out_after")
     return {
-        "algorithm": label,
+        "algorithm": name,
         "runs": f"{count}" + (f" ({failed} failed)" if failed else ""),
         "epochs trained": "-".join(f"{x:g}" for x in sorted({min(epochs), max(epochs)})),
         "s per epoch": plus_minus(mean, std),
@@ -311,11 +313,7 @@ def markdown(lines):
 
 def table(labels):
     """The paper's Table II of a summary, in Markdown."""
-    lines = []
-    for label, runs in labels.items():
-        algo = runs["algo"][0]
-        lines.append(cells(label, runs, labels.get(algo.removeprefix("directed-")) if algo in DIRECTED else None))
-    return markdown(lines)
+    return markdown([cells(label, label, labels) for label in labels])
 
 
 def fill(path):
@@ -331,10 +329,8 @@ def fill(path):
         lines = []
         for name, place in wanted["lines"].items():
             folder, label = place.rsplit("/", 1)
-            runs = read_summary((path.parent / folder / "summary.csv").read_text(encoding="utf-8"))
-            algo = runs[label]["algo"][0]
-            twins = runs.get(algo.removeprefix("directed-")) if algo in DIRECTED else None
-            line = cells(name, runs[label], twins)
+            labels = read_summary((path.parent / folder / "summary.csv").read_text(encoding="utf-8"))
+            line = cells(name, label, labels)
             lines.append({column: line[column] for column in ("algorithm", *wanted["columns"])})
         return f"{match[1]}\n\n{markdown(lines)}\n"
 
