@@ -1,6 +1,7 @@
 """The run folders of one experiment -> report.md, its figures, and the numbers behind both: summary.csv, curves.csv.
 
-Needs numpy; figures need matplotlib. `python report.py FILE.md ..` fills the tables of Markdown files, see `fill`.
+Needs numpy; figures need matplotlib. run.py writes all this after training, `python report.py FOLDER ..` does so anew,
+and `python report.py FILE.md ..` fills the tables of Markdown files, see `fill`.
 
 Statistics over seeds as rliable does them (Agarwal et al. 2021): the interquartile mean (IQM), and 95% percentile
 bootstrap intervals.
@@ -9,6 +10,7 @@ bootstrap intervals.
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -131,15 +133,21 @@ def read_run(folder):
             run[path.stem] = parse(path.read_text(encoding="utf-8") if path.exists() else "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
+    if any(len(row["phi"].split()) != len(run["config"]["phi"]) for row in run["eval"]):
+        raise ValueError(f"{folder / 'eval.csv'}: damaged (a φ does not consist of {run['config']['phi']})")
     return run
 
 
 def parse_config(text):
     config = json.loads(text)
     number = (int, float, type(None))
-    kinds = {"env": str, "rl": str, "algo": str, "phi": list, "delta": number, "threshold": number, "inner_steps": int}
-    for key, kind in (kinds | {"eval_steps": int}).items():
+    kinds = {"env": str, "rl": str, "algo": str, "phi": list, "low": list, "high": list, "inner_steps": int}
+    kinds |= {"eval_steps": int, "beta": number[:2], "delta": number, "threshold": number}
+    for key, kind in kinds.items():
         if not isinstance(config[key], kind):
+            raise ValueError(f"{key} is {config[key]!r}")
+    for key in ("low", "high"):
+        if len(config[key]) != len(config["phi"]) or not all(isinstance(x, number[:2]) for x in config[key]):
             raise ValueError(f"{key} is {config[key]!r}")
     if config["algo"].removeprefix("directed-") not in COLOURS:
         raise ValueError(f"algo is {config['algo']!r}")
@@ -195,10 +203,11 @@ def summarise(label, run):
     seconds = np.diff(log["seconds"], prepend=0)
     at = convergence(run)
     returns = log["return_post"]
-    adapted = min(config["inner_steps"], config["eval_steps"])
     return {
         "label": label,
         "algo": config["algo"],
+        "beta": config["beta"],
+        "delta": 0.0 if config["delta"] is None else config["delta"],
         "seed": config["seed"],
         "failed": int(run["failed"]),
         "epochs": len(returns),
@@ -210,22 +219,34 @@ def summarise(label, run):
         },
         "final_return": returns[-max(len(returns) // 10, 1) :].mean(),
         "spread": returns[-100:].std(),
-        "held_out_before": held_out_return(run, 0),
-        "held_out_after": held_out_return(run, adapted),
+        "inner_steps": config["inner_steps"],
+        **{
+            f"held_out_{where}_{step}": held_out_return(run, step, where == "inside")
+            for where in ("inside", "outside")
+            for step in range(config["eval_steps"] + 1)
+        },
     }
 
 
-def held_out_return(run, step):
-    """Mean over the held-out grid after `step` inner steps, at the last evaluation; NaN where there was none."""
-    rows = [row for row in run["eval"] if row["epoch"] == run["eval"][-1]["epoch"] and int(row["step"]) == step]
-    return np.mean([float(row["return"]) for row in rows]) if rows else math.nan
+def held_out_return(run, step, inside):
+    """Mean over the held-out tasks inside Φ, or outside, after `step` inner steps, at the last evaluation; NaN where
+    there are none."""
+    returns = []
+    for row in run["eval"]:
+        phi = map(float, row["phi"].split())
+        bounds = zip(phi, run["config"]["low"], run["config"]["high"], strict=True)
+        within = all(abs(x - (a + b) / 2) <= 0.50001 * (b - a) for x, a, b in bounds)  # φ is written to six digits
+        if (row["epoch"], int(row["step"]), within) == (run["eval"][-1]["epoch"], step, inside):
+            returns.append(float(row["return"]))
+    return np.mean(returns) if returns else math.nan
 
 
 def summary(labels):
     """summary.csv: a row for each run, all that the tables are made of."""
     rows = [summarise(label, run) for label, runs in labels.items() for run in runs]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))  # --eval-steps may differ
+    writer = csv.DictWriter(text, columns, restval="nan", lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{x:.8g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
     return text.getvalue()
@@ -271,7 +292,9 @@ def cells(name, label, labels):
     """A line of the table for the runs `label` of a summary, shown as `name`: {column: text}."""
     runs = labels[label]
     algo = runs["algo"][0]
-    twins = labels.get(algo.removeprefix("directed-")) if algo in DIRECTED else None  # the same without the δ-step
+    twins = None  # the same without the δ-step
+    if algo in DIRECTED and label != f"{algo}, δ = 0":
+        twins = labels.get(algo.removeprefix("directed-"), labels.get(f"{algo}, δ = 0"))
     good = [i for i, failed in enumerate(runs["failed"]) if not failed]
     count, failed = len(runs["failed"]), len(runs["failed"]) - len(good)
     epochs, means, stds = (np.array(runs[key]) for key in ("epochs", "seconds_mean", "seconds_std"))
@@ -283,7 +306,13 @@ def cells(name, label, labels):
         pairs = [(iqm(twins[key]), iqm(runs[key])) for key in spent]
         ratio = ", ".join(f"{a / b:.2f}×" if math.isfinite(a) and math.isfinite(b) else "–" for a, b in pairs)
         faster = improvement(runs[spent[0]], twins[spent[0]])
-    returns = ("final_return", "spread", "held_out_before", "held_out_after")
+    numbers = {"final return": runs["final_return"], "spread": runs["spread"]}
+    held_out = {tuple(key.split("_")[2:]): values for key, values in runs.items() if key.startswith("held_out")}
+    steps = max(int(step) for _, step in held_out)
+    numbers["held-out before"] = held_out["inside", "0"]
+    numbers["held-out after"] = held_out["inside", f"{min(runs['inner_steps'][0], steps):g}"]
+    for (where, step), values in held_out.items():
+        numbers[f"{where} Φ, {step} step{'s' * (step != '1')}"] = values
     return {
         "algorithm": name,
         "runs": f"{count}" + (f" ({failed} failed)" if failed else ""),
@@ -294,12 +323,7 @@ def cells(name, label, labels):
         "epochs to convergence": with_interval(runs[spent[0]]),
         "env steps to convergence": with_interval(runs[spent[1]], "{:.3g}"),
         "s to convergence": with_interval(runs[spent[2]], "{:.3g}"),
-        **{
-            column: with_interval([runs[key][i] for i in good])
-            for column, key in zip(
-                ("final return", "spread", "held-out before", "held-out after"), returns, strict=True
-            )
-        },
+        **{column: with_interval([values[i] for i in good]) for column, values in numbers.items()},
         "speed-up by δ: epochs, steps, s": ratio,
         "P(fewer epochs by δ)": faster,
     }
@@ -311,9 +335,12 @@ def markdown(lines):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def table(labels):
-    """The paper's Table II of a summary, in Markdown."""
-    return markdown([cells(label, label, labels) for label in labels])
+def tables(labels):
+    """Two tables of a summary, in Markdown: the paper's Table II, and held-out returns by the number of inner steps."""
+    lines = [cells(label, label, labels) for label in labels]
+    by_steps = [column for column in lines[0] if "Φ" in column and any(line[column] != "–" for line in lines)]
+    first = markdown([{k: x for k, x in line.items() if "Φ" not in k} for line in lines])
+    return first, markdown([{column: line[column] for column in ("algorithm", *by_steps)} for line in lines])
 
 
 def fill(path):
@@ -332,13 +359,13 @@ def fill(path):
             labels = read_summary((path.parent / folder / "summary.csv").read_text(encoding="utf-8"))
             line = cells(name, label, labels)
             lines.append({column: line[column] for column in ("algorithm", *wanted["columns"])})
-        return f"{match[1]}\n\n{markdown(lines)}\n"
+        return f"{match[1]}\n\n{markdown(lines)}\n\n"  # without the empty line what follows would be one more row
 
     text = path.read_text(encoding="utf-8")
-    write_atomically(path, re.sub(r"(<!-- report (\{.*\}) -->)\n\n?(?:\|.*\n)*", filled, text))
+    write_atomically(path, re.sub(r"(<!-- report (\{.*\}) -->)\n*(?:\|.*\n)*\n*", filled, text))
 
 
-def text(labels, table):
+def text(labels, table, by_steps):
     config = next(iter(labels.values()))[0]["config"]
     threshold = "a threshold, here not given" if config["threshold"] is None else f"{config['threshold']:g}"
     return f"""# {config["env"]}, {config["rl"]}
@@ -349,10 +376,14 @@ Seconds: training time, evaluation excluded, as mean ± standard deviation, of a
 runs; runs trained in one batch share its time evenly. Convergence: the first epoch at which the mean return after
 adaptation, smoothed (EMA {EMA}), is above {threshold}; a run that never gets there counts as infinite ("never") and is
 not dropped. Final return: mean return after adaptation over the last tenth of the epochs; spread: its standard
-deviation over the last 100. Held-out: mean return over the fixed grid of tasks at the last evaluation, before
+deviation over the last 100. Held-out: mean return over the fixed grid of tasks inside Φ at the last evaluation, before
 adaptation and after as many inner steps as in training (at most {config["eval_steps"]}). Convergence and returns are
-interquartile means over seeds with 95% bootstrap intervals. Speed-up: the undirected twin's interquartile mean over
-this one's; P: the probability that a run with the δ-step needs fewer epochs than one without.
+interquartile means over seeds with 95% bootstrap intervals. Speed-up: the undirected twin's (or that of δ = 0)
+interquartile mean over this one's; P: the probability that a run with the δ-step needs fewer epochs than one without.
+
+## Held-out return by inner steps
+
+{by_steps}
 """
 
 
@@ -548,7 +579,7 @@ def write(root):
     numbers = summary(labels)
     write_atomically(root / "summary.csv", numbers)
     write_atomically(root / "curves.csv", curves(labels))
-    body = text(labels, table(read_summary(numbers)))
+    body = text(labels, *tables(read_summary(numbers)))
     write_atomically(root / "report.md", body + "".join(f"\n{line}.\n" for line in left_out))
     lines = [f"wrote {root / 'report.md'}"]
     try:
@@ -569,4 +600,7 @@ def write(root):
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        fill(name)
+        if name.endswith(".md"):
+            fill(name)
+        else:
+            print(*itertools.chain(*write(name)), sep="\n")

@@ -1,44 +1,105 @@
 #!/usr/bin/env bash
-# Makes this folder anew: `results/run_all.sh`, or parts of it: `results/run_all.sh cartpole-pg point-pg`. Run folders go to
-# runs/, and a command that was stopped goes on where it stopped. On one core: minutes to an hour each, LunarLander hours.
+# Makes this folder anew: `results/run_all.sh`, or parts of it: `results/run_all.sh cartpole-pg controls/point`. Run folders
+# go to runs/, and a command that was stopped goes on where it stopped. On two cores: three hours, and LunarLander four more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-wanted=" $* "
+wanted=("${@:-}")
+
+is_wanted() { # NAME
+  local part
+  for part in "${wanted[@]}"; do
+    [[ $1/ != "${part:+$part/}"* ]] || return 0
+  done
+  return 1
+}
 
 experiment() { # NAME FLAGS..
   local name=$1 file
   shift
-  [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
+  is_wanted "$name" || return 0
   echo "== $name: python run.py $*"
   python run.py "$@" --out "runs/$name" --resume
   mkdir -p "results/$name"
   for file in "runs/$name"/*/{report.md,summary.csv,curves.csv,curves.png,adaptation.png}; do
+    [[ $name != */* || $file == */summary.csv ]] || continue # an arm of a comparison: its numbers alone
     cp "$file" "results/$name/"
   done
 }
 
 all="maml fomaml meta-sgd reptile directed-maml directed-fomaml directed-meta-sgd directed-reptile"
-some="maml fomaml directed-maml directed-fomaml"
-five="--seed 1 2 3 4 5"
-ten="--seed 1 2 3 4 5 6 7 8 9 10"
+five="maml fomaml meta-sgd reptile directed-maml"
+both="--algo fomaml directed-fomaml"
+directed="--algo directed-fomaml"
+ten="--seed $(seq -s " " 10)"
 
-experiment cartpole-pg --env cartpole --algo $all $five
-experiment cartpole-ac --env cartpole --algo $all $five --rl ac
-experiment control-beta --env cartpole --algo fomaml --beta 0.002 $five --epochs 120
-experiment control-random --env cartpole --algo directed-fomaml --medium random $five --epochs 120
-experiment control-step --env cartpole --algo fomaml directed-fomaml --baseline step $five --epochs 200
-experiment cartpole-by-gymnasium --env CartPole-v1 --param gravity --range 5 15 --horizon 200 --threshold 175 \
-  --algo fomaml $five --epochs 120
-experiment meta-sgd-at-beta --env cartpole --algo meta-sgd directed-meta-sgd --beta-alpha 0.001 --estimator dice $five
-experiment point-pg --env point --algo $all $ten
+# Fig. 2, Table I; held-out tasks of point and velocity outside Φ too
+experiment cartpole-pg --env cartpole --algo $all $ten
+experiment crossing-pg --env crossing --algo $all $ten
+experiment point-pg --env point --algo $all $ten --eval-range -1 1 -1 1
+experiment velocity-pg --env velocity --algo $all $ten --eval-range -1 4
+experiment cartpole-ac --env cartpole --algo $five $ten --rl ac --epochs 150
+experiment crossing-ac --env crossing --algo $five $ten --rl ac --epochs 150
+
+# Fig. 3, and the ablation of δ
+experiment fig3 --env cartpole --algo fomaml directed-fomaml meta-sgd directed-meta-sgd --beta 0.02 $ten --epochs 200
+experiment delta --env cartpole $directed --delta 0 0.0005 0.001 0.002 0.005 0.01 0.02 $ten --epochs 250
+
+# Controls at Table I's step sizes: twice β and no δ-step; a random task; the δ-step's samples without it; and the baseline
+for env in "cartpole 0.002" "crossing 0.001" "point 0.002 --eval-range -1 1 -1 1"; do
+  read -r env beta range <<< "$env"
+  experiment controls/$env/beta --env $env --algo fomaml --beta $beta $ten $range
+  experiment controls/$env/random --env $env $directed --medium random $ten $range
+  experiment controls/$env/samples --env $env --algo fomaml --trajectories 11 $ten $range
+done
+experiment controls/cartpole/baseline --env cartpole $both --baseline step $ten
+
+# Controls with tuned step sizes: twelve βs against fifteen (β, δ), seeds 1 to 5; the best of each again, seeds 11 to 20
+for env in "cartpole 1" "crossing 0.5" "point 1"; do
+  read -r env scale <<< "$env"
+  scaled() { local x; for x; do python -c "print(f'{$x * $scale:g}')"; done; }
+  for beta in $(scaled 0.0005 0.0007 0.001 0.0014 0.002 0.0028 0.004 0.0056 0.008 0.011 0.016 0.022); do
+    experiment grid/$env/beta$beta --env $env --algo fomaml --beta $beta --seed 1 2 3 4 5 --epochs 150
+  done
+  for beta in $(scaled 0.0005 0.001 0.002 0.004 0.008); do
+    experiment grid/$env/directed-beta$beta --env $env $directed --beta $beta --delta $(scaled 0.0025 0.005 0.01) \
+      --seed 1 2 3 4 5 --epochs 150
+  done
+done
+fresh="--seed $(seq -s " " 11 20) --epochs 150"
+for env in "cartpole 0.0056 0.004 0.005" "crossing 0.004 0.004 0.005" "point 0.008 0.008 0.01"; do
+  read -r env alone beta delta <<< "$env"
+  experiment tuned/$env/undirected --env $env --algo fomaml --beta $alone $fresh
+  experiment tuned/$env/directed --env $env $directed --beta $beta --delta $delta $fresh
+done
+if is_wanted grid; then python -m results.steps; fi
+if is_wanted directions; then python -m results.directions; fi
+
+# Open questions: other distributions of tasks and medium tasks; the turbulence; a mean task that represents nothing
+for env in crossing point; do
+  for dist in bimodal skewed; do
+    experiment task-dist/$env-$dist/mean --env $env $both --task-dist $dist $ten --epochs 150
+    for medium in sampled median; do
+      experiment task-dist/$env-$dist/$medium --env $env $directed --medium $medium --task-dist $dist $ten --epochs 150
+    done
+  done
+done
+for schedule in decay converged; do
+  experiment schedule/$schedule --env cartpole $directed --delta-schedule $schedule $ten
+done
+experiment controls/point/corner --env point $directed --medium 0.5 0.5 $ten --eval-range -1 1 -1 1
+
+# Estimators of the meta-gradient, Meta-SGD's α stepped by β, and CartPole through the gymnasium wrapper
 for estimator in naive lvc dice; do
-  experiment estimators-$estimator --env point --algo maml directed-maml --estimator $estimator --beta 0.0003 \
+  experiment estimators/$estimator --env point --algo maml directed-maml --estimator $estimator --beta 0.0003 \
     --delta 0.0015 --seed $(seq 1 20) --eval-every 25
 done
-experiment crossing-pg --env crossing --algo $some $five
-experiment crossing-ac --env crossing --algo $some $five --rl ac
-experiment velocity-pg --env velocity --algo $some $five
-experiment lunarlander-pg --env lunarlander --algo maml directed-maml --estimator dice --seed 1 2 3 --eval-every 100
+experiment meta-sgd-at-beta --env cartpole --algo meta-sgd --beta-alpha 0.001 --seed 1 2 3 4 5 --epochs 250
+experiment cartpole-by-gymnasium --env CartPole-v1 --param gravity --range 5 15 --horizon 200 --threshold 175 \
+  --algo fomaml --seed 1 2 3 4 5 --epochs 120
+
+# LunarLander
+experiment lunarlander-pg --env lunarlander --algo maml directed-maml --estimator dice --seed 1 2 3 4 5 --eval-every 100
 experiment lunarlander-step --env lunarlander --algo directed-maml --baseline step --estimator dice --seed 1 2 3 \
   --eval-every 100
+experiment controls/lunarlander/beta --env lunarlander --algo maml --beta 0.002 --estimator dice --seed 1 2 3 --eval-every 100
 python report.py README.md results/README.md

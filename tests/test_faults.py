@@ -394,12 +394,15 @@ def in_file(name, damage):
         ("config.json", write_config(delta="large")),
         ("config.json", write_config(threshold=[1])),
         ("config.json", write_config(phi=["another"])),
+        ("config.json", write_config(low=[5.0, 5.0])),
+        ("config.json", write_config(high=["15"])),
         ("log.csv", in_file("log.csv", garble)),
         ("log.csv", lambda folder: (folder / "log.csv").write_text("epoch,seconds\n1,2\n")),
         ("log.csv", lambda folder: (folder / "log.csv").write_text("epoch,env_steps,seconds,return_post\n1,2,x,4\n")),
         ("log.csv", in_file("log.csv", folder_instead)),
         ("eval.csv", in_file("eval.csv", garble)),
         ("eval.csv", lambda folder: (folder / "eval.csv").write_text("epoch\n1\n")),
+        ("eval.csv", lambda folder: (folder / "eval.csv").write_text("epoch,phi,step,return\n1,5 5,0,9\n")),
     ],
 )
 def test_a_damaged_run_beside_is_left_out_of_the_report_in_one_line(out, capsys, name, damage):

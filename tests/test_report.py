@@ -3,13 +3,17 @@
 import builtins
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import report
+from results import steps
 
 
 def test_iqm_is_the_mean_without_the_outer_quarters():
@@ -41,6 +45,7 @@ REPOSITORY = Path(__file__).parent.parent
 def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
     folder.mkdir(parents=True)
     config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "seed": 1, "inner_steps": 1, "eval_steps": 2}
+    config |= {"beta": 0.001, "low": [-1.0 if len(phi) > 1 else 5.0] * len(phi), "high": [15.0] * len(phi)}
     (folder / "config.json").write_text(json.dumps(config | {"threshold": threshold, "phi": phi}))
     rows = ["epoch,env_steps,seconds,sample_seconds,return_pre,return_post,return_med"]
     for i, x in enumerate(returns, 1):
@@ -113,6 +118,41 @@ def test_several_deltas_are_lines_of_their_own(experiment):
     assert cells(experiment, "directed-maml, δ = 0.1")["converged"] == "3/3"
 
 
+def test_held_out_tasks_inside_and_outside_phi_by_the_number_of_steps(tmp_path):
+    write_run(tmp_path / "seed1", "maml", None, [1.0])
+    rows = [f"1,{phi},{step},{phi * (step + 1)}" for phi in (0, 5, 15, 30) for step in range(3)]
+    (tmp_path / "seed1" / "eval.csv").write_text("\n".join(["epoch,phi,step,return", *rows]) + "\n")
+    report.write(tmp_path)
+    numbers = report.read_summary((tmp_path / "summary.csv").read_text())["maml"]
+    assert [numbers[f"held_out_inside_{step}"] for step in range(3)] == [[10], [20], [30]]
+    assert [numbers[f"held_out_outside_{step}"] for step in range(3)] == [[15], [30], [45]]
+    line = report.cells("maml", "maml", {"maml": numbers})
+    assert line["held-out before"] == line["inside Φ, 0 steps"] == "10 [10, 10]"
+    assert line["held-out after"] == line["inside Φ, 1 step"] == "20 [20, 20]"
+    assert "outside Φ, 2 steps" in report.tables({"maml": numbers})[1]
+
+
+def test_tables_without_a_held_out_task_outside_phi_have_no_columns_for_them(experiment):
+    report.write(experiment)
+    assert "outside" not in (experiment / "report.md").read_text()
+
+
+def test_runs_evaluated_after_different_numbers_of_steps_share_a_summary(experiment):
+    write_run(experiment / "fomaml" / "seed1", "fomaml", None, [10.0] * 3)
+    config = json.loads((experiment / "fomaml" / "seed1" / "config.json").read_text())
+    (experiment / "fomaml" / "seed1" / "config.json").write_text(json.dumps(config | {"eval_steps": 1}))
+    report.write(experiment)
+    assert "| fomaml | 10 [10, 10] | 11 [11, 11] | – |" in (experiment / "report.md").read_text()
+
+
+def test_without_an_undirected_twin_delta_0_is_the_twin(tmp_path):
+    write_run(tmp_path / "delta0" / "seed1", "directed-maml", 0.0, [10.0, 10.0, 10.0, 100.0])
+    write_run(tmp_path / "delta0.1" / "seed1", "directed-maml", 0.1, [10.0, 100.0])
+    report.write(tmp_path)
+    assert cells(tmp_path, "directed-maml, δ = 0")["P(fewer epochs by δ)"] == "–"
+    assert cells(tmp_path, "directed-maml, δ = 0.1")["speed-up by δ: epochs, steps, s"].startswith("2.00×")
+
+
 def test_the_probability_of_improvement_by_hand():
     """Of four pairs (1 or 3 against 2 or 3): 1 < 2, 1 < 3, 3 > 2, and a tie, which counts half: 2.5 / 4."""
     assert report.improvement([1, 3], [2, 3]).startswith("0.62 [")
@@ -122,11 +162,12 @@ def test_the_probability_of_improvement_by_hand():
 def test_the_table_is_made_of_summary_csv_alone_and_other_files_are_filled_from_it(experiment):
     report.write(experiment)
     numbers = report.read_summary((experiment / "summary.csv").read_text())
-    assert report.table(numbers) in (experiment / "report.md").read_text()
+    for table in report.tables(numbers):
+        assert table in (experiment / "report.md").read_text()
     page = experiment.parent / "page.md"
     wanted = {"columns": ["converged", "epochs to convergence"], "lines": {"ours": "toy-pg/directed-maml"}}
     marker = f"<!-- report {json.dumps(wanted)} -->"
-    page.write_text(f"before\n\n{marker}\n| stale |\n| --- |\n\nafter\n")
+    page.write_text(f"before\n\n{marker}\n| stale |\n| --- |\nafter\n")
     report.fill(page)
     head = "| algorithm | converged | epochs to convergence |\n| --- | --- | --- |\n"
     assert page.read_text() == f"before\n\n{marker}\n\n{head}| ours | 3/3 | 2 [2, 2] |\n\nafter\n"
@@ -148,7 +189,41 @@ def test_every_report_of_this_repository_is_what_its_summary_says():
     assert summaries
     for path in summaries:
         numbers = report.read_summary(path.read_text(encoding="utf-8"))
-        assert report.table(numbers) in path.with_name("report.md").read_text(encoding="utf-8"), path
+        for table in report.tables(numbers):
+            assert table in path.with_name("report.md").read_text(encoding="utf-8"), path
+
+
+STAND_IN = """#!/bin/sh
+[ "$1" = -c ] && exec {python} "$@"
+[ "$1" = run.py ] || exit 0
+while [ "$1" != --out ]; do shift; done
+mkdir -p "$2/x"
+cd "$2/x" && touch report.md summary.csv curves.csv curves.png adaptation.png
+"""
+
+
+def test_run_all_makes_every_folder_of_results_and_no_other(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    (tmp_path / "results").mkdir()
+    script = shutil.copy(REPOSITORY / "results" / "run_all.sh", tmp_path / "results")
+    paths = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", script], check=True, env=os.environ | {"PATH": paths}, capture_output=True)
+    made, kept = (
+        {str(path.parent.relative_to(root)) for path in (root / "results").glob("**/summary.csv")}
+        for root in (tmp_path, REPOSITORY)
+    )
+    assert made == kept
+
+
+@pytest.mark.parametrize("env", ["cartpole", "crossing", "point"])
+def test_the_grids_are_complete(env):
+    """12 βs without, 5 βs by 3 δs with the δ-step, 5 seeds of each."""
+    cells = steps.cells(env)
+    assert [sum(cell[0] == algo for cell in cells) for algo in ("fomaml", "directed-fomaml")] == [12, 15]
+    assert all(len(runs) == 5 for *_, runs, _ in cells)
 
 
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])
