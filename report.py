@@ -598,9 +598,19 @@ def write(root):
     return lines, left_out
 
 
+def main(names):
+    """Folders of runs: write their reports; Markdown files: fill their tables."""
+    for name in names:
+        try:
+            if name.endswith(".md"):
+                fill(name)
+            elif Path(name).is_dir():
+                print(*itertools.chain(*write(name)), sep="\n")
+            else:
+                raise ValueError("neither a folder nor a .md file")
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"report.py: {name}: {type(error).__name__}: {error}")
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        if name.endswith(".md"):
-            fill(name)
-        else:
-            print(*itertools.chain(*write(name)), sep="\n")
+    main(sys.argv[1:])

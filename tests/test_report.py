@@ -173,6 +173,19 @@ def test_the_table_is_made_of_summary_csv_alone_and_other_files_are_filled_from_
     assert page.read_text() == f"before\n\n{marker}\n\n{head}| ours | 3/3 | 2 [2, 2] |\n\nafter\n"
 
 
+def test_the_command_writes_folders_fills_pages_and_says_in_one_line_what_it_cannot(experiment, capsys):
+    report.main([str(experiment)])
+    assert "report.md" in capsys.readouterr().out
+    page = experiment.parent / "page.md"
+    line = {"columns": ["runs"], "lines": {"ours": "toy-pg/unknown"}}
+    page.write_text(f"<!-- report {json.dumps(line)} -->\n")
+    for name, says in ((page, "unknown"), (experiment / "x", "neither"), (experiment / "x.md", "No such file")):
+        with pytest.raises(SystemExit) as stop:
+            report.main([str(name)])
+        assert str(stop.value).startswith(f"report.py: {name}: ") and says in str(stop.value)
+        assert "\n" not in str(stop.value)
+
+
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "results" / "README.md"]
 
 
