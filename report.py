@@ -233,10 +233,12 @@ def held_out_return(run, step, inside):
     there are none."""
     returns = []
     for row in run["eval"]:
+        if row["epoch"] != run["eval"][-1]["epoch"] or int(row["step"]) != step:
+            continue
         phi = map(float, row["phi"].split())
         bounds = zip(phi, run["config"]["low"], run["config"]["high"], strict=True)
         within = all(abs(x - (a + b) / 2) <= 0.50001 * (b - a) for x, a, b in bounds)  # φ is written to six digits
-        if (row["epoch"], int(row["step"]), within) == (run["eval"][-1]["epoch"], step, inside):
+        if within == inside:
             returns.append(float(row["return"]))
     return np.mean(returns) if returns else math.nan
 
