@@ -290,45 +290,66 @@ def improvement(ours, theirs):
     return f"{wins.mean():.2f} [{means[int(0.025 * RESAMPLES)]:.2f}, {means[int(0.975 * RESAMPLES)]:.2f}]"
 
 
+SPENT = ["epoch_to_convergence", "env_steps_to_convergence", "seconds_to_convergence"]
+
+
 def cells(name, label, labels):
-    """A line of the table for the runs `label` of a summary, shown as `name`: {column: text}."""
+    """A line of the tables for the runs `label` of a summary, shown as `name`: {column: text}."""
     runs = labels[label]
-    algo = runs["algo"][0]
-    twins = None  # the same without the δ-step
-    if algo in DIRECTED and label != f"{algo}, δ = 0":
-        twins = labels.get(algo.removeprefix("directed-"), labels.get(f"{algo}, δ = 0"))
-    good = [i for i, failed in enumerate(runs["failed"]) if not failed]
-    count, failed = len(runs["failed"]), len(runs["failed"]) - len(good)
+    count, failed = len(runs["failed"]), int(sum(runs["failed"]))
     epochs, means, stds = (np.array(runs[key]) for key in ("epochs", "seconds_mean", "seconds_std"))
     mean = np.average(means, weights=epochs)
     std = math.sqrt(np.average(stds**2 + (means - mean) ** 2, weights=epochs))  # of all epochs of all runs
-    spent = [f"{key}_to_convergence" for key in ("epoch", "env_steps", "seconds")]
-    ratio = faster = "–"
-    if twins:
-        pairs = [(iqm(twins[key]), iqm(runs[key])) for key in spent]
-        ratio = ", ".join(f"{a / b:.2f}×" if math.isfinite(a) and math.isfinite(b) else "–" for a, b in pairs)
-        faster = improvement(runs[spent[0]], twins[spent[0]])
-    numbers = {"final return": runs["final_return"], "spread": runs["spread"]}
-    held_out = {tuple(key.split("_")[2:]): values for key, values in runs.items() if key.startswith("held_out")}
-    steps = max(int(step) for _, step in held_out)
-    numbers["held-out before"] = held_out["inside", "0"]
-    numbers["held-out after"] = held_out["inside", f"{min(runs['inner_steps'][0], steps):g}"]
-    for (where, step), values in held_out.items():
-        numbers[f"{where} Φ, {step} step{'s' * (step != '1')}"] = values
+    by_steps = by_inner_steps(runs)
+    after = [cell for column, cell in by_steps.items() if column.startswith("inside")]
+    ratios, probability = by_delta(label, labels)
     return {
         "algorithm": name,
         "runs": f"{count}" + (f" ({failed} failed)" if failed else ""),
         "epochs trained": "-".join(f"{x:g}" for x in sorted({min(epochs), max(epochs)})),
         "s per epoch": plus_minus(mean, std),
         "s per 1000 epochs": plus_minus(1000 * means.mean(), 1000 * means.std()),
-        "converged": f"{sum(map(math.isfinite, runs[spent[0]]))}/{count}",
-        "epochs to convergence": with_interval(runs[spent[0]]),
-        "env steps to convergence": with_interval(runs[spent[1]], "{:.3g}"),
-        "s to convergence": with_interval(runs[spent[2]], "{:.3g}"),
-        **{column: with_interval([values[i] for i in good]) for column, values in numbers.items()},
-        "speed-up by δ: epochs, steps, s": ratio,
-        "P(fewer epochs by δ)": faster,
+        "converged": f"{sum(map(math.isfinite, runs[SPENT[0]]))}/{count}",
+        "epochs to convergence": with_interval(runs[SPENT[0]]),
+        "env steps to convergence": with_interval(runs[SPENT[1]], "{:.3g}"),
+        "s to convergence": with_interval(runs[SPENT[2]], "{:.3g}"),
+        "final return": with_interval(of_sound_runs(runs, "final_return")),
+        "spread": with_interval(of_sound_runs(runs, "spread")),
+        "held-out before": after[0],
+        "held-out after": after[min(int(runs["inner_steps"][0]), len(after) - 1)],
+        **by_steps,
+        "speed-up by δ: epochs, steps, s": ratios,
+        "P(fewer epochs by δ)": probability,
     }
+
+
+def of_sound_runs(runs, key):
+    """A column of a label's runs without those that failed."""
+    return [value for value, failed in zip(runs[key], runs["failed"], strict=True) if not failed]
+
+
+def by_inner_steps(runs):
+    """The columns of held-out returns inside and outside Φ."""
+    texts = {}
+    for key in runs:
+        if key.startswith("held_out_"):
+            where, step = key.split("_")[2:]
+            texts[f"{where} Φ, {step} step{'s' * (step != '1')}"] = with_interval(of_sound_runs(runs, key))
+    return texts
+
+
+def by_delta(label, labels):
+    """The twin's epochs, env steps and seconds over these runs', and the probability that these need fewer epochs. The
+    twin has no δ-step, or δ = 0."""
+    runs, twin = labels[label], None
+    algo = runs["algo"][0]
+    if algo in DIRECTED and label != f"{algo}, δ = 0":
+        twin = labels.get(algo.removeprefix("directed-"), labels.get(f"{algo}, δ = 0"))
+    if not twin:
+        return "–", "–"
+    pairs = [(iqm(twin[key]), iqm(runs[key])) for key in SPENT]
+    ratios = (f"{a / b:.2f}×" if math.isfinite(a) and math.isfinite(b) else "–" for a, b in pairs)
+    return ", ".join(ratios), improvement(runs[SPENT[0]], twin[SPENT[0]])
 
 
 def markdown(lines):
@@ -340,9 +361,10 @@ def markdown(lines):
 def tables(labels):
     """Two tables of a summary, in Markdown: the paper's Table II, and held-out returns by the number of inner steps."""
     lines = [cells(label, label, labels) for label in labels]
-    by_steps = [column for column in lines[0] if "Φ" in column and any(line[column] != "–" for line in lines)]
-    first = markdown([{k: x for k, x in line.items() if "Φ" not in k} for line in lines])
-    return first, markdown([{column: line[column] for column in ("algorithm", *by_steps)} for line in lines])
+    by_steps = by_inner_steps(next(iter(labels.values())))
+    shown = [column for column in by_steps if any(line[column] != "–" for line in lines)]
+    first = markdown([{column: line[column] for column in line if column not in by_steps} for line in lines])
+    return first, markdown([{column: line[column] for column in ("algorithm", *shown)} for line in lines])
 
 
 def fill(path):
