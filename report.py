@@ -267,17 +267,23 @@ def read_summary(text):
 # --- the table ---
 
 
-def plus_minus(mean, std, form="{:.3g}"):
-    return f"{form.format(mean)} ± {form.format(round(std, 9))}"
+def plus_minus(mean, std):
+    return f"{thousands(mean)} ± {thousands(round(std, 9))}"
 
 
-def with_interval(values, form="{:.4g}"):
+def thousands(x):
+    """Three digits, with k or M."""
+    x = float(f"{x:.3g}")
+    return f"{x / 1e6:.3g}M" if x >= 1e6 else f"{x / 1e3:.3g}k" if x >= 1e3 else f"{x:g}"
+
+
+def with_interval(values, show="{:.4g}".format):
     """IQM [low, high]; what was never reached counts as infinite and shows as such; – where there is nothing."""
     values = [x for x in values if not math.isnan(x)]
     if not values:
         return "–"
     low, high = interval(values)
-    return "{} [{}, {}]".format(*(form.format(x) if math.isfinite(x) else "never" for x in (iqm(values), low, high)))
+    return "{} [{}, {}]".format(*(show(x) if math.isfinite(x) else "never" for x in (iqm(values), low, high)))
 
 
 def improvement(ours, theirs):
@@ -311,8 +317,8 @@ def cells(name, label, labels):
         "s per 1000 epochs": plus_minus(1000 * means.mean(), 1000 * means.std()),
         "converged": f"{sum(map(math.isfinite, runs[SPENT[0]]))}/{count}",
         "epochs to convergence": with_interval(runs[SPENT[0]]),
-        "env steps to convergence": with_interval(runs[SPENT[1]], "{:.3g}"),
-        "s to convergence": with_interval(runs[SPENT[2]], "{:.3g}"),
+        "env steps to convergence": with_interval(runs[SPENT[1]], thousands),
+        "s to convergence": with_interval(runs[SPENT[2]], thousands),
         "final return": with_interval(of_sound_runs(runs, "final_return")),
         "spread": with_interval(of_sound_runs(runs, "spread")),
         "held-out before": after[0],

@@ -39,6 +39,12 @@ def test_ema_by_hand():
     np.testing.assert_allclose(report.ema([10, 20, 0], 0.9), [10, 11, 9.9])
 
 
+def test_numbers_of_env_steps_are_short():
+    assert [report.thousands(x) for x in (3, 999.4, 999.6, 1234, 999_600, 3_984_000)] == [
+        "3", "999", "1k", "1.23k", "1M", "3.98M",
+    ]  # fmt: skip
+
+
 REPOSITORY = Path(__file__).parent.parent
 
 
