@@ -536,9 +536,11 @@ def draw_adaptation(plt, labels, path):
             name = "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}"
             panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             panel.plot(x, iqm(returns[:, step]), color=colour, marker=mark, markersize=4, label=name, linestyle=line)
-        panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})", fontsize=10)
+        epochs = {int(run["eval"][-1]["epoch"]) for run in runs}
+        after = "-".join(map(str, sorted({min(epochs), max(epochs)})))
+        panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)}, epoch {after})", fontsize=9)
         panel.grid(alpha=0.3)
-    figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks after epoch {runs[0]['eval'][-1]['epoch']}")
+    figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks at the last evaluation")
     for column in range(columns):  # the lowest panel of each column
         lowest = panels.flat[max(range(column, len(labels), columns))]
         lowest.set_xlabel(config["phi"][0] if len(config["phi"]) == 1 else "distance of φ from the mean task")
