@@ -45,7 +45,7 @@ experiment fig3 --env cartpole --algo fomaml directed-fomaml meta-sgd directed-m
 experiment delta --env cartpole $directed --delta 0 0.0005 0.001 0.002 0.005 0.01 0.02 $ten --epochs 250
 
 # Controls at Table I's step sizes: twice β and no δ-step; a random task; the δ-step's samples without it; and the baseline
-for env in "cartpole 0.002" "crossing 0.001" "point 0.002 --eval-range -1 1 -1 1"; do
+for env in "cartpole 0.002" "crossing 0.001" "point 0.002 --eval-range -1 1 -1 1" "velocity 0.0006 --eval-range -1 4"; do
   read -r env beta range <<< "$env"
   experiment controls/$env/beta --env $env --algo fomaml --beta $beta $ten $range
   experiment controls/$env/random --env $env $directed --medium random $ten $range
@@ -75,7 +75,7 @@ if is_wanted grid; then python -m results.steps; fi
 if is_wanted directions; then python -m results.directions; fi
 
 # Open questions: other distributions of tasks and medium tasks; the turbulence; a mean task that represents nothing
-for env in crossing point; do
+for env in cartpole crossing point; do
   for dist in bimodal skewed; do
     experiment task-dist/$env-$dist/mean --env $env $both --task-dist $dist $ten --epochs 150
     for medium in sampled median; do
@@ -97,9 +97,10 @@ experiment meta-sgd-at-beta --env cartpole --algo meta-sgd --beta-alpha 0.001 --
 experiment cartpole-by-gymnasium --env CartPole-v1 --param gravity --range 5 15 --horizon 200 --threshold 175 \
   --algo fomaml --seed 1 2 3 4 5 --epochs 120
 
-# LunarLander
-experiment lunarlander-pg --env lunarlander --algo maml directed-maml --estimator dice --seed 1 2 3 4 5 --eval-every 100
-experiment lunarlander-step --env lunarlander --algo directed-maml --baseline step --estimator dice --seed 1 2 3 \
-  --eval-every 100
-experiment controls/lunarlander/beta --env lunarlander --algo maml --beta 0.002 --estimator dice --seed 1 2 3 --eval-every 100
+# LunarLander, in as many epochs as it takes to converge, or as there was time for
+lander="--env lunarlander --estimator dice --eval-every 100"
+experiment lunarlander-pg $lander --algo maml directed-maml --seed 1 2 3 4 5
+experiment lunarlander-step $lander --algo directed-maml --baseline step --seed 1 2 3
+experiment controls/lunarlander/beta $lander --algo maml --beta 0.002 --seed 1 2 3
+experiment controls/lunarlander/random $lander --algo directed-maml --medium random --seed 1 2 3 --epochs 300
 python report.py README.md results/README.md
