@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes this folder anew: `results/run_all.sh`, or parts of it: `results/run_all.sh cartpole-pg controls/point`. Run folders
-# go to runs/, and a command that was stopped goes on where it stopped. On two cores: three hours, and LunarLander four more.
+# go to runs/, and a command that was stopped goes on where it stopped. On two cores: three hours, and LunarLander five more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wanted=("${@:-}")
@@ -97,10 +97,17 @@ experiment meta-sgd-at-beta --env cartpole --algo meta-sgd --beta-alpha 0.001 --
 experiment cartpole-by-gymnasium --env CartPole-v1 --param gravity --range 5 15 --horizon 200 --threshold 175 \
   --algo fomaml --seed 1 2 3 4 5 --epochs 120
 
-# LunarLander, in as many epochs as it takes to converge, or as there was time for
-lander="--env lunarlander --estimator dice --eval-every 100"
-experiment lunarlander-pg $lander --algo maml directed-maml --seed 1 2 3 4 5
-experiment lunarlander-step $lander --algo directed-maml --baseline step --seed 1 2 3
-experiment controls/lunarlander/beta $lander --algo maml --beta 0.002 --seed 1 2 3
-experiment controls/lunarlander/random $lander --algo directed-maml --medium random --seed 1 2 3 --epochs 300
+# LunarLander: a run of 500 epochs takes 20 minutes of a core
+lander="--env lunarlander --eval-every 100"
+experiment lunarlander-pg $lander --algo maml directed-maml --estimator dice --seed 1 2 3 4 5
+experiment lunarlander-pg $lander --algo fomaml meta-sgd --estimator dice --seed 1 2 3 4 5 --epochs 350
+experiment lunarlander-pg $lander --algo reptile --estimator dice --seed 1 2 3 4 5 --epochs 100
+experiment lunarlander-ac $lander --rl ac --algo maml fomaml meta-sgd directed-maml --seed 1 2 3 4 5 --epochs 150
+experiment lunarlander-ac $lander --rl ac --algo reptile --seed 1 2 3 4 5 --epochs 100
+experiment estimators/lunarlander-ac $lander --rl ac --algo maml directed-maml --estimator dice --seed 1 2 3 4 5 \
+  --epochs 100
+experiment lunarlander-step $lander --algo directed-maml --baseline step --estimator dice --seed 1 2 3
+experiment controls/lunarlander/beta $lander --algo maml --beta 0.002 --estimator dice --seed 1 2 3
+experiment controls/lunarlander/random $lander --algo directed-maml --medium random --estimator dice --seed 1 2 3 \
+  --epochs 300
 python report.py README.md results/README.md

@@ -176,7 +176,8 @@ def lunarlander_starts(checkpoints, base):
         yield "fresh policy", env, [run.new_state(settings, problem.env)]
     states = [run.load(Path(path)) for path in checkpoints]
     for state in states:  # of any algorithm: they serve all
-        state["settings"] = settings | state["settings"] | {"delta": settings["delta"]}
+        of_delta_step = {key: settings[key] for key in ("delta", "medium", "delta_schedule")}
+        state["settings"] = settings | state["settings"] | of_delta_step
     for some in [states[:1], states][: len(states)]:
         trained = f"{len(some)} run{'s' * (len(some) > 1)} after {some[0]['epoch']} epochs"
         yield trained, envs.make("lunarlander", horizon=some[0]["settings"]["horizon"]), some
