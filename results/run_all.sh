@@ -4,11 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wanted=("${@:-}")
+found=
 
 is_wanted() { # NAME
   local part
   for part in "${wanted[@]}"; do
-    [[ $1/ != "${part:+$part/}"* ]] || return 0
+    [[ $1/ != "${part:+$part/}"* ]] || { found=$1; return 0; }
   done
   return 1
 }
@@ -110,4 +111,8 @@ experiment lunarlander-step $lander --algo directed-maml --baseline step --estim
 experiment controls/lunarlander/beta $lander --algo maml --beta 0.002 --estimator dice --seed 1 2 3
 experiment controls/lunarlander/random $lander --algo directed-maml --medium random --estimator dice --seed 1 2 3 \
   --epochs 300
+if [[ -z $found ]]; then
+  echo "run_all.sh: no experiment is called ${wanted[*]}; names are those of the folders here" >&2
+  exit 2
+fi
 python report.py README.md results/README.md

@@ -235,6 +235,8 @@ def test_run_all_makes_every_folder_of_results_and_no_other(tmp_path):
         for root in (tmp_path, REPOSITORY)
     )
     assert made == kept
+    wrong = subprocess.run(["bash", script, "unknown"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("run_all.sh: no experiment is called unknown")
 
 
 @pytest.mark.parametrize("env", ["cartpole", "crossing", "point"])
