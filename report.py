@@ -267,6 +267,11 @@ def read_summary(text):
 # --- the table ---
 
 
+def span(values):
+    """The lowest and the highest, or the one that all are."""
+    return "-".join(f"{x:g}" for x in sorted({min(values), max(values)}))
+
+
 def plus_minus(mean, std):
     return f"{thousands(mean)} ± {thousands(round(std, 9))}"
 
@@ -312,7 +317,7 @@ def cells(name, label, labels):
     return {
         "algorithm": name,
         "runs": f"{count}" + (f" ({failed} failed)" if failed else ""),
-        "epochs trained": "-".join(f"{x:g}" for x in sorted({min(epochs), max(epochs)})),
+        "epochs trained": span(epochs),
         "s per epoch": plus_minus(mean, std),
         "s per 1000 epochs": plus_minus(1000 * means.mean(), 1000 * means.std()),
         "converged": f"{sum(map(math.isfinite, runs[SPENT[0]]))}/{count}",
@@ -536,8 +541,7 @@ def draw_adaptation(plt, labels, path):
             name = "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}"
             panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             panel.plot(x, iqm(returns[:, step]), color=colour, marker=mark, markersize=4, label=name, linestyle=line)
-        epochs = {int(run["eval"][-1]["epoch"]) for run in runs}
-        after = "-".join(map(str, sorted({min(epochs), max(epochs)})))
+        after = span([int(run["eval"][-1]["epoch"]) for run in runs])
         panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)}, epoch {after})", fontsize=9)
         panel.grid(alpha=0.3)
     figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks at the last evaluation")

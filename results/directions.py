@@ -68,7 +68,7 @@ def main():
             batch = run.stack([run.load(folder / run.CHECKPOINT) for folder in folders], folders, "cpu")
             with run.open_problem(problem_env, 0, "cpu") as problem:
                 found = cosines(gradients(batch, problem, envs.held_out_tasks(problem_env)))
-            cells = {column: report.with_interval(values.tolist(), "{:.2f}") for column, values in found.items()}
+            cells = {column: report.with_interval(values.tolist(), "{:.2f}".format) for column, values in found.items()}
             lines.append({"environment": env, "epoch": f"{batch.epoch}", **cells})
     report.write_atomically(Path(__file__).with_suffix(".md"), f"# Directions\n\n{report.markdown(lines)}\n\n{__doc__}")
 

@@ -61,7 +61,7 @@ def main():
         draw(panel, env, found)
         for algo in LOOKS:
             _, beta, delta, steps, epochs = min((x for x in found if x[0] == algo), key=lambda x: report.iqm(x[3]))
-            print(f"{env}, {algo}: β {beta:g}, δ {delta:g}: {report.with_interval(steps, '{:.3g}')} env steps, "
+            print(f"{env}, {algo}: β {beta:g}, δ {delta:g}: {report.with_interval(steps, report.thousands)} env steps, "
                   f"{report.with_interval(epochs)} epochs")  # fmt: skip
     panels[0].set_ylabel("env steps to convergence")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

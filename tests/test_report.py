@@ -247,6 +247,18 @@ def test_the_grids_are_complete(env):
     assert all(len(runs) == 5 for *_, runs, _ in cells)
 
 
+def test_the_best_cells_of_the_grids_are_those_that_were_run_again(monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(path))
+    steps.main()
+    best = [line.split(" env steps")[0].rsplit(": ", 1)[0] for line in capsys.readouterr().out.splitlines()]
+    assert [line.split(": ", 1)[1] for line in best] == [
+        "β 0.0056, δ 0", "β 0.004, δ 0.005", "β 0.004, δ 0", "β 0.004, δ 0.005", "β 0.008, δ 0", "β 0.008, δ 0.01",
+    ]  # fmt: skip
+    assert drawn == [steps.GRID / "steps.png"]
+
+
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])
 def test_figures_are_drawn(tmp_path, phi):
     pytest.importorskip("matplotlib")
