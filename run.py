@@ -962,6 +962,7 @@ def command(argv, ranks):
     if stopped:
         line = [word for word in argv if word not in ("--resume", "--overwrite")]
         start = "python" if ranks.count == 1 else "torchrun .."
+        ranks.leave()  # all stop in good order; without this torch's tear-down may abort
         fail(f"stopped; go on with: {start} run.py {shlex.join(line)} --resume", 128 + stopped[0])
     if failures:
         raise SystemExit(1)
