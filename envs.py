@@ -4,18 +4,13 @@ Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M. Every
 front (`draw_noise`), so a rollout is a pure function of the policy's parameters, φ and noise.
 """
 
-import contextlib
 import copy
 import difflib
 import itertools
 import math
-import os
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from multiprocessing import resource_tracker
+from functools import cached_property
 from numbers import Real
 
 import gymnasium
@@ -29,7 +24,7 @@ def generators(seeds, *stream):
     """One torch.Generator per run; `stream` (integers, e.g. purpose and epoch) names independent number streams.
 
     A run's numbers depend on its seed and the stream alone: not on the runs beside it, nor on the algorithm, nor on
-    what was drawn before. So twins share their tasks and noise, and resuming needs no generator state.
+    what was drawn before. So paired runs share tasks and noise, and resuming needs no generator state.
     """
     states = [np.random.SeedSequence([seed, *stream]).generate_state(1)[0] for seed in seeds]
     return [torch.Generator().manual_seed(int(state)) for state in states]
@@ -47,7 +42,7 @@ class Env:
         in 0 .. actions−1, or (B, K, A) within the box `actions` = (low, high).
     """
 
-    phi: tuple[str, ...]  # names and units of φ's P components
+    phi_names: tuple[str, ...]  # with units, of φ's P components
     low: tuple[float, ...]
     high: tuple[float, ...]
     horizon: int  # H
@@ -55,11 +50,15 @@ class Env:
     actions: int | tuple[tuple[float, ...], tuple[float, ...]]
     reset_noise: int  # R
     dynamics: Callable
-    threshold: float | None  # mean return from which a run counts as converged
-    epochs: int
-    defaults: dict = field(default_factory=dict)  # where those of run.py do not fit
-    in_workers: bool = False  # worth sampling in processes of their own: gymnasium's environments
+    defaults: dict = field(default_factory=dict)  # run.py's settings, where this family has others
     task_dist: str = "uniform"  # ρ over Φ, one of TASK_DISTS
+    draw: Callable | str | None = None  # (axes, obs so far (t, D), φ (P,)): draws the last one with matplotlib; or the
+    #     id of the gymnasium environment that renders these states; None: observations against time
+
+    @property
+    def in_workers(self):
+        """Whether sampling is worth processes of its own: gymnasium's environments."""
+        return isinstance(self.dynamics, Gymnasium)
 
     @property
     def action_dim(self):
@@ -114,9 +113,21 @@ def point(phi, noise):
     return torch.zeros_like(noise), step
 
 
+def draw_point(axes, obs, phi):
+    axes.plot(*obs.T, color="#0072B2", marker="o", markersize=3, label="path")
+    axes.plot(*phi, "*", color="#D55E00", markersize=14, label="goal")
+    axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), xlabel="x (m)", ylabel="y (m)")
+
+
 # A body on a line, at rest at first, changes its velocity v by the action (m/s); φ = target v*; reward −(v − v*)².
 # The same arithmetic as the point's, in one dimension.
 velocity = point
+
+
+def draw_velocity(axes, obs, phi):
+    axes.plot(obs[:, 0], color="#0072B2", marker="o", markersize=3, label="velocity")
+    axes.axhline(phi[0], color="#D55E00", linestyle="--", label="target")
+    axes.set(xlim=(0, 20), ylim=(-0.6, 2.6), xlabel="step", ylabel="velocity (m/s)")
 
 
 CROSSING_UNIT = 50.0  # m: the crossing's positions in units near 1, as networks want them
@@ -144,16 +155,27 @@ def crossing(phi, noise):
     return start, step
 
 
+def draw_crossing(axes, obs, phi):
+    x, y = obs[-1] * [CROSSING_UNIT, -CROSSING_UNIT]  # m
+    axes.axhspan(-2, 2, color="0.9")
+    axes.axvspan(-2, 2, color="0.9")
+    axes.plot(0, y, "^", color="#0072B2", markersize=14, label="vehicle 1, the policy's")
+    axes.plot(x, 0, ">", color="#D55E00", markersize=14, label=f"vehicle 2, {phi[0]:g} m/s")
+    axes.set(xlim=(-50, 50), ylim=(-50, 50), xlabel="east (m)", ylabel="north (m)")
+
+
 class Gymnasium:
-    """Dynamics of a gymnasium environment whose attributes `names` are φ times `scale`; one instance for each lane.
+    """Dynamics of a gymnasium environment whose attributes `names` are φ times `scale`; an instance for each
+    trajectory.
 
     The attributes are set on the unwrapped environment before every reset: a constructor may refuse what the physics
     can do (LunarLander's asserts gravity < 12), and setting an attribute on a wrapper does nothing. Finished episodes
-    are not stepped. Lanes whose noise is NaN do not exist. Keeps its instances for the next rollout.
+    are not stepped. Keeps its instances for the next rollout.
     """
 
     def __init__(self, env_id, names, scale=1.0, **options):
-        self.env_id, self.names, self.scale, self.options, self.lanes = env_id, names, scale, options, []
+        self.env_id, self.names, self.scale, self.options = env_id, names, scale, options
+        self.instances = {}  # by the trajectory's index in (B, K)
 
     @cached_property
     def spec(self):
@@ -162,28 +184,28 @@ class Gymnasium:
         spec.order_enforce = False
         return spec
 
-    def reset(self, lane, phi, seed):
-        """First observation (D,) of a new episode of a lane's instance."""
-        while len(self.lanes) <= lane:
-            self.lanes.append(gymnasium.make(self.spec, disable_env_checker=True, **self.options))
+    def reset(self, i, phi, seed):
+        """First observation (D,) of a new episode of trajectory i."""
+        if i not in self.instances:
+            self.instances[i] = gymnasium.make(self.spec, disable_env_checker=True, **self.options)
         for name, value in zip(self.names, phi, strict=True):
-            setattr(self.lanes[lane].unwrapped, name, self.scale * value)
-        return self.lanes[lane].reset(seed=seed)[0].ravel()
+            setattr(self.instances[i].unwrapped, name, self.scale * value)
+        return self.instances[i].reset(seed=seed)[0].ravel()
 
-    def __call__(self, phi, noise):
+    def __call__(self, phi, noise, own=slice(None)):
+        """Env's dynamics; of the B·K trajectories it makes its `own` alone, the others count as ended."""
         shape = noise.shape[:2]
         phi = phi.double().expand(*shape, -1).flatten(0, 1).tolist()
-        seeds = [None if math.isnan(u) else int(u * 2**24) for u in noise[..., 0].flatten().tolist()]
-        running = [lane for lane, seed in enumerate(seeds) if seed is not None]
-        first = {lane: self.reset(lane, phi[lane], seeds[lane]) for lane in running}
+        seeds = [int(u * 2**24) for u in noise[..., 0].flatten().tolist()]
+        running = list(range(len(seeds))[own])
+        first = {i: self.reset(i, phi[i], seeds[i]) for i in running}
         obs = np.zeros((*shape, len(first[running[0]])), np.float32)
-        rewards, terminated = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        ended = noise[..., 0].isnan().numpy()
-        lane_obs, lane_reward, lane_terminated, lane_ended = (  # views of one lane after the other
+        rewards, terminated, ended = np.zeros(shape, np.float32), np.zeros(shape, bool), np.ones(shape, bool)
+        obs_of, reward_of, terminated_of, ended_of = (  # views (B·K, ...)
             x.reshape(len(seeds), *x.shape[2:]) for x in (obs, rewards, terminated, ended)
         )
-        for lane in running:
-            lane_obs[lane] = first[lane]
+        for i in running:
+            obs_of[i], ended_of[i] = first[i], False
 
         def tensors(*arrays):
             return tuple(torch.from_numpy(array.copy()) for array in arrays)
@@ -193,12 +215,12 @@ class Gymnasium:
             # Python numbers step faster; not a number comes from a run that fails alone, but Box2D would end them all.
             actions = action.tolist() if action.dim() == 1 else action.nan_to_num().numpy()
             rewards[:] = 0
-            for lane in tuple(running):
-                observed, lane_reward[lane], final, truncated, _ = self.lanes[lane].step(actions[lane])
-                lane_obs[lane] = observed.ravel()
+            for i in tuple(running):
+                observed, reward_of[i], final, truncated, _ = self.instances[i].step(actions[i])
+                obs_of[i] = observed.ravel()
                 if final or truncated:
-                    lane_terminated[lane], lane_ended[lane] = final, True
-                    running.remove(lane)
+                    terminated_of[i], ended_of[i] = final, True
+                    running.remove(i)
             return tensors(obs, rewards, terminated, ended)
 
         return torch.from_numpy(obs.copy()), step
@@ -214,7 +236,7 @@ class Gymnasium:
                     episodes.append(self.random_episode([*middle[:i], value, *middle[i + 1 :]]))
                 except Exception as error:  # whatever it may raise at values that it was not written for
                     raise ValueError(
-                        f"--range: {self.env_id} fails at {name} = {value:g} ({first_line(error)}); give another range"
+                        f"`bounds`: {self.env_id} fails at {name} = {value:g} ({first_line(error)}); give another range"
                     ) from error
             if episodes[0] == episodes[1] and low[i] < high[i]:
                 raise ValueError(
@@ -225,10 +247,11 @@ class Gymnasium:
     def random_episode(self, phi, steps=200):
         """What is seen and paid under random actions, always the same ones."""
         episode = [self.reset(0, phi, seed=0).tolist()]
-        self.lanes[0].action_space.seed(0)
+        env = self.instances[0]
+        env.action_space.seed(0)
         over = False
         while not over and len(episode) <= steps:
-            obs, reward, terminated, truncated, _ = self.lanes[0].step(self.lanes[0].action_space.sample())
+            obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
             episode.append([*obs.ravel().tolist(), reward])
             over = terminated or truncated
         return episode
@@ -236,58 +259,54 @@ class Gymnasium:
 
 ENVS = {
     "cartpole": Env(
-        phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200, obs_dim=4, actions=2, reset_noise=4,
-        dynamics=cartpole, threshold=175.0, epochs=400,
+        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200, obs_dim=4, actions=2, reset_noise=4,
+        dynamics=cartpole, draw="CartPole-v1", defaults={"threshold": 175.0, "epochs": 400},
     ),
     "lunarlander": Env(  # its attribute is the vertical component, −φ
-        phi=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400, obs_dim=8, actions=4, reset_noise=1,
-        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0), threshold=75.0, epochs=500, in_workers=True,
+        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400, obs_dim=8, actions=4, reset_noise=1,
+        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0), defaults={"threshold": 75.0},
     ),
     "crossing": Env(
-        phi=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,
-        actions=((0.0,), (15.0,)), dynamics=crossing, threshold=38.0, epochs=400,
-        defaults={"alpha": 0.003, "beta": 0.0005, "delta": 0.0025, "baseline": "step"},
-    ),
-    "point": Env(
-        phi=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20, obs_dim=2, reset_noise=2,
-        actions=((-0.1, -0.1), (0.1, 0.1)), dynamics=point, threshold=-2.0, epochs=200,
-        defaults={"alpha": 0.03, "baseline": "step"},
-    ),
-    "velocity": Env(
-        phi=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20, obs_dim=1, reset_noise=1,
-        actions=((-0.5,), (0.5,)), dynamics=velocity, threshold=-5.0, epochs=200,
-        defaults={"alpha": 0.01, "beta": 0.0003, "delta": 0.0015, "baseline": "step"},
-    ),
-}  # fmt: skip
+        phi_names=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,
+        actions=((0.0,), (15.0,)), dynamics=crossing, draw=draw_crossing,
+        defaults={"alpha": 0.003, "beta": 0.0005, "delta": 0.0025, "baseline": "step", "threshold": 38.0, "epochs":
+        400}, ), "point": Env( phi_names=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20,
+        obs_dim=2, reset_noise=2, actions=((-0.1, -0.1), (0.1, 0.1)), dynamics=point, draw=draw_point,
+        defaults={"alpha": 0.03, "baseline": "step", "threshold": -2.0, "epochs": 200}, ), "velocity": Env(
+        phi_names=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20, obs_dim=1, reset_noise=1,
+        actions=((-0.5,), (0.5,)), dynamics=velocity, draw=draw_velocity, defaults={ "alpha": 0.01, "beta": 0.0003,
+        "delta": 0.0015, "baseline": "step", "threshold": -5.0, "epochs": 200, }, ), }  # fmt: skip
 
 
 def make(name, names=None, bounds=None, horizon=None):
-    """The task family `name`, one of ENVS or a gymnasium id, with φ and Φ, and a horizon, of one's own.
+    """The task family `name`, one of ENVS or a gymnasium id, with φ, Φ and the horizon given.
 
     names: attributes of the gymnasium environment that are φ; bounds: [low, high] for each, one after the other.
-    Raises ValueError, in one line with the remedy, for what is unknown or makes no sense.
+    Raises ValueError, one line that names the argument in backquotes and the remedy.
     """
     if name in ENVS:
         if names is not None:
-            raise ValueError(f"--param {' '.join(names)}: {name} has its φ; leave --param out, or give a gymnasium id")
+            raise ValueError(f"`names` {' '.join(names)}: {name} has its own φ; leave `names` out")
         env = ENVS[name]
     else:
         env = gymnasium_env(name, names, horizon)
     if bounds is not None:
-        check_bounds("--range", bounds, env.phi)
+        check_bounds("bounds", bounds, env.phi_names)
         env = replace(env, low=tuple(bounds[::2]), high=tuple(bounds[1::2]))
     elif not env.low:
-        raise ValueError(f"--env {name}: give the range of {', '.join(env.phi)}, e.g. --range 5 15")
+        raise ValueError(f"`name` {name}: give the range of {', '.join(env.phi_names)}, e.g. `bounds` 5 15")
     if isinstance(env.dynamics, Gymnasium):
         env.dynamics.check(env.low, env.high)
     return env if horizon is None else replace(env, horizon=horizon)
 
 
-def check_bounds(flag, bounds, phi):
+def check_bounds(argument, bounds, phi_names):
     """Raises ValueError where `bounds` is not LOW HIGH for each component of φ."""
-    shown = f"{flag} {' '.join(f'{x:g}' for x in bounds)}"
-    if len(bounds) != 2 * len(phi):
-        raise ValueError(f"{shown}: expected LOW HIGH for each of {len(phi)} parameter(s): {', '.join(phi)}")
+    shown = f"`{argument}` {' '.join(f'{x:g}' for x in bounds)}"
+    if len(bounds) != 2 * len(phi_names):
+        raise ValueError(
+            f"{shown}: expected LOW HIGH for each of {len(phi_names)} parameter(s): {', '.join(phi_names)}"
+        )
     if not all(map(math.isfinite, bounds)) or any(a > b for a, b in zip(bounds[::2], bounds[1::2], strict=True)):
         raise ValueError(f"{shown}: expected finite numbers, LOW first and not above HIGH")
 
@@ -297,7 +316,7 @@ def first_line(error):
 
 
 def hint(word, known, choices):
-    """What to say of an unknown word: the nearest known one, or else the choices."""
+    """What to say about an unknown word: the nearest known one, or else the choices."""
     close = difflib.get_close_matches(word, known, 1, 0.7) or difflib.get_close_matches(word.lower(), known, 1, 0.7)
     return f"did you mean {close[0]}?" if close else f"choose from {choices}"
 
@@ -306,36 +325,39 @@ def gymnasium_env(env_id, names, horizon):
     """A task family from any gymnasium id with box observations and discrete or bounded box actions; Φ is to be set."""
     if env_id not in gymnasium.registry and ":" not in env_id:  # module:id imports the module first
         remedy = hint(env_id, [*ENVS, *gymnasium.registry], f"{', '.join(ENVS)}, or a gymnasium id")
-        raise ValueError(f"--env {env_id}: unknown environment; {remedy}")
+        raise ValueError(f"`name` {env_id}: unknown environment; {remedy}")
     try:
         probe = gymnasium.make(env_id)
     except Exception as error:  # whatever a constructor may raise: it is shown
-        raise ValueError(f"--env {env_id}: gymnasium cannot make it: {first_line(error)}") from error
+        raise ValueError(f"`name` {env_id}: gymnasium cannot make it: {first_line(error)}") from error
     numbers = [key for key, x in vars(probe.unwrapped).items() if isinstance(x, (int, float)) and key[0] != "_"]
     if not names:
-        raise ValueError(f"--env {env_id}: say which attribute is φ with --param, one of: {', '.join(numbers)}")
+        raise ValueError(f"`name` {env_id}: say which attribute is φ with `names`, one of: {', '.join(numbers)}")
     for name in names:
         if not isinstance(getattr(probe.unwrapped, name, None), Real):
-            raise ValueError(f"--param {name}: {env_id} has no such number; its numbers are: {', '.join(numbers)}")
+            raise ValueError(f"`names` {name}: {env_id} has no such number; its numbers are: {', '.join(numbers)}")
     if len(set(names)) < len(names):
-        raise ValueError(f"--param {' '.join(names)}: an attribute stands twice; name each once")
-    spaces = gymnasium.spaces
-    observation, action = probe.observation_space, probe.action_space
-    if not isinstance(observation, spaces.Box):
-        raise ValueError(f"--env {env_id}: observations are {observation}; expected a Box")
-    if isinstance(action, spaces.Discrete) and action.start == 0:
-        actions = int(action.n)
-    elif isinstance(action, spaces.Box) and action.is_bounded() and action.low.ndim == 1:
-        actions = (tuple(action.low.tolist()), tuple(action.high.tolist()))
-    else:
-        raise ValueError(f"--env {env_id}: actions are {action}; expected Discrete from 0, or a bounded Box vector")
+        raise ValueError(f"`names` {' '.join(names)}: duplicate attribute")
     horizon = horizon or probe.spec.max_episode_steps
     if horizon is None:
-        raise ValueError(f"--env {env_id}: its episodes have no end; give --horizon, e.g. --horizon 200")
+        raise ValueError(f"`name` {env_id}: its episodes have no end; give `horizon`, e.g. `horizon` 200")
+    obs_dim, actions = check_spaces(env_id, probe.observation_space, probe.action_space)
     return Env(
-        phi=tuple(names), low=(), high=(), horizon=horizon, obs_dim=int(np.prod(observation.shape)), actions=actions,
-        reset_noise=1, dynamics=Gymnasium(env_id, tuple(names)), threshold=None, epochs=500, in_workers=True,
+        phi_names=tuple(names), low=(), high=(), horizon=horizon, obs_dim=obs_dim, actions=actions, reset_noise=1,
+        dynamics=Gymnasium(env_id, tuple(names)),
     )  # fmt: skip
+
+
+def check_spaces(env_id, observation, action):
+    """(D, actions as in Env) of gymnasium's spaces. Raises ValueError where they are of other kinds."""
+    spaces = gymnasium.spaces
+    if not isinstance(observation, spaces.Box):
+        raise ValueError(f"`name` {env_id}: observations are {observation}; expected a Box")
+    if isinstance(action, spaces.Discrete) and action.start == 0:
+        return int(np.prod(observation.shape)), int(action.n)
+    if isinstance(action, spaces.Box) and action.is_bounded() and action.low.ndim == 1:
+        return int(np.prod(observation.shape)), (tuple(action.low.tolist()), tuple(action.high.tolist()))
+    raise ValueError(f"`name` {env_id}: actions are {action}; expected Discrete from 0, or a bounded Box vector")
 
 
 # --- tasks ---
@@ -356,12 +378,14 @@ def sample_tasks(env, generators, num_tasks):
     return low + (high - low) * TASK_DISTS[env.task_dist][0](draws)
 
 
+MEDIUM_TASKS = ("mean", "sampled", "median", "random")
+
+
 def medium_task(env, medium, phi, generators):
     """φ_med (S, 1, P). medium: mean of ρ (Eq. 3), sampled: mean of the tasks `phi` (S, M, P) (Eq. 4), median: their
     geometric median, random: a task drawn anew (the control: same cost, no direction), or the P numbers of a φ."""
     if medium == "mean":
-        mean = TASK_DISTS[env.task_dist][1]
-        medium = [low + (high - low) * mean for low, high in zip(env.low, env.high, strict=True)]
+        medium = mean_task(env)
     elif medium == "sampled":
         return phi.mean(1, keepdim=True)
     elif medium == "median":
@@ -369,6 +393,12 @@ def medium_task(env, medium, phi, generators):
     elif medium == "random":
         return sample_tasks(env, generators, 1)
     return torch.tensor(medium).expand(len(phi), 1, -1)
+
+
+def mean_task(env):
+    """The mean of ρ (Eq. 3): a list of P numbers."""
+    mean = TASK_DISTS[env.task_dist][1]
+    return [low + (high - low) * mean for low, high in zip(env.low, env.high, strict=True)]
 
 
 def geometric_median(points, iterations=100):
@@ -404,7 +434,19 @@ def draw_noise(env, generators, num_tasks, num_trajectories):
     return {"reset": torch.stack(reset), "action": action.log().neg() if isinstance(env.actions, int) else action}
 
 
-IN_TIME = ("obs", "actions", "rewards", "mask")  # what of a batch has an axis H: (S, M, K, H, ...)
+def in_box(action, box):
+    """The policy's action, clipped to [−1, 1], within the box (low, high)."""
+    low, high = (constants(action, *bound) for bound in box)
+    return low + (action.clamp(-1, 1) + 1) / 2 * (high - low)
+
+
+def from_box(action, box):
+    """The reverse of `in_box`."""
+    low, high = (constants(action, *bound) for bound in box)
+    return (action - low) / (high - low) * 2 - 1
+
+
+IN_TIME = ("obs", "actions", "rewards", "mask")  # what of trajectories has an axis H: (S, M, K, H, ...)
 
 
 @torch.no_grad()
@@ -412,20 +454,17 @@ def rollout(env, act, phi, noise):
     """K trajectories of every task of every run at once, a pure function of (act, phi, noise).
 
     act: (obs (B, K, D), noise (B, K, A)) -> actions; phi: (S, M, P); noise: from `draw_noise`.
-    Returns the batch that policies.py describes, with zeros where an episode had ended before. On a CPU it stops when
-    every episode has ended; on a GPU, which asking would stall at every step, it always takes H steps.
-    """
+    Returns the trajectories that policies.py describes, with zeros where an episode had ended before. On a CPU it stops
+    when every episode has ended; on a GPU, which asking would stall at every step, it always takes H steps."""
     lead = noise["reset"].shape[:3]  # (S, M, K)
     state, step = env.dynamics(phi.flatten(0, 1).unsqueeze(1), noise["reset"].flatten(0, 1))
     over = torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
-    if not isinstance(env.actions, int):
-        low, high = (constants(state, *bound) for bound in env.actions)
+    discrete = isinstance(env.actions, int)
     steps = []  # one (state, action, reward, terminated, over before) for each t
     with torch.inference_mode():  # no_grad would do; this is a seventh faster
         for noise_t in noise["action"].flatten(0, 1).unbind(2):  # (B, K, A)
             action = act(state, noise_t)
-            bounded = action if isinstance(env.actions, int) else low + (action.clamp(-1, 1) + 1) / 2 * (high - low)
-            next_state, reward, terminated, ended = step(state, bounded)
+            next_state, reward, terminated, ended = step(state, action if discrete else in_box(action, env.actions))
             steps.append((state, action, reward, terminated, over))
             state, over = next_state, over | ended
             if state.is_cpu and over.all():
@@ -436,192 +475,9 @@ def rollout(env, act, phi, noise):
     terminated = (terminated & ~padding).any(-1)  # (S, M, K)
     return {
         "obs": obs.masked_fill(padding.unsqueeze(-1), 0.0),
-        "actions": actions.masked_fill(padding if isinstance(env.actions, int) else padding.unsqueeze(-1), 0),
+        "actions": actions.masked_fill(padding if discrete else padding.unsqueeze(-1), 0),
         "rewards": rewards.masked_fill(padding, 0.0),
         "mask": ~padding,
         "last_obs": state.unflatten(0, lead[:2]).masked_fill(terminated.unsqueeze(-1), 0.0),
         "terminated": terminated,
     }
-
-
-class CapturedRollout:
-    """`rollout` with act = make_act(params) on a GPU, recorded once for each shape as a CUDA graph and then replayed: a
-    step costs no Python and no launch. Trims the batch to its longest episode, with one wait for the GPU."""
-
-    def __init__(self, env, make_act):
-        self.env, self.make_act, self.graphs = env, make_act, {}
-
-    def __call__(self, params, phi, noise):
-        given = {"phi": phi} | {f"noise {key}": x for key, x in noise.items()} | params
-        shapes = tuple((key, x.shape, x.dtype) for key, x in given.items())
-        if shapes not in self.graphs:
-            self.graphs[shapes] = self.capture({key: x.detach().clone() for key, x in given.items()}, params)
-        graph, inputs, batch = self.graphs[shapes]
-        with torch.no_grad():
-            for key, x in given.items():
-                inputs[key].copy_(x)
-        graph.replay()
-        length = int(batch["mask"].sum(-1).max())
-        return {key: (x[:, :, :, :length] if key in IN_TIME else x).clone() for key, x in batch.items()}
-
-    def capture(self, inputs, params):
-        """A CUDA graph, the tensors that it reads and the batch that it writes."""
-
-        def run():
-            noise = {key: inputs[f"noise {key}"] for key in ("reset", "action")}
-            act = self.make_act({key: inputs[key] for key in params})
-            return rollout(self.env, act, inputs["phi"], noise)
-
-        aside = torch.cuda.Stream()  # as torch asks for: a first run outside the capture, on a stream of its own
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
-            batch = run()
-        return graph, inputs, batch
-
-
-def frames(name, env, phi, noise, episode):
-    """The episode (S = M = K = 1) as gymnasium renders it: list of (height, width, 3) arrays, None where it cannot.
-
-    Where there is a display, gymnasium shows it in its window first.
-    """
-    if name != "cartpole" and not isinstance(env.dynamics, Gymnasium):
-        return None
-    windows = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    if not windows:
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    length = int(episode["mask"].sum())
-    for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
-        pictures = []
-        if name == "cartpole":
-            shown = gymnasium.make("CartPole-v1", render_mode=mode).unwrapped
-            for state in episode["obs"].view(length, -1):
-                shown.state = state.numpy()
-                pictures.append(shown.render())
-        else:
-            shown = Gymnasium(env.dynamics.env_id, env.dynamics.names, env.dynamics.scale, render_mode=mode)
-            pictures = replay(replace(env, dynamics=shown), phi, noise, episode["actions"].flatten(0, 3))
-            shown = shown.lanes[0]
-        shown.close()
-    return pictures
-
-
-def replay(env, phi, noise, actions):
-    """A rollout of one trajectory with these actions, rendered before every step."""
-    pictures, actions = [], iter(actions)
-
-    def act(obs, noise):
-        pictures.append(env.dynamics.lanes[0].render())
-        return next(actions)[None, None]
-
-    rollout(replace(env, horizon=len(noise["action"][0, 0, 0])), act, phi, noise)
-    return pictures
-
-
-# --- rollouts in worker processes ---
-
-
-class Shard(gymnasium.Env):
-    """What a worker process runs: whole rollouts of every count-th trajectory from the index-th on, policy included.
-
-    So a worker waits for nothing but its own environments. The policy sees all trajectories, those of other workers as
-    zeros, and thus multiplies matrices of one shape, with one rounding, however many workers there are.
-    """
-
-    observation_space = action_space = gymnasium.spaces.Discrete(1)  # AsyncVectorEnv asks for them; nothing uses them
-
-    def __init__(self, env, index, count):
-        self.env, self.index, self.count = env, index, count
-
-    def rollout(self, make_act, params, phi, noise):
-        """numpy arrays in, the batch of this worker's trajectories out: (n, ...), None, or what went wrong."""
-        torch.set_num_threads(1)
-        try:
-            params, noise = ({key: torch.from_numpy(x) for key, x in d.items()} for d in (params, noise))
-            others = torch.arange(noise["reset"][..., 0].numel()) % self.count != self.index
-            if others.all():
-                return None
-            others = others.view(noise["reset"].shape[:3])
-            noise["reset"] = noise["reset"].masked_fill(others.unsqueeze(-1), math.nan)
-            batch = rollout(self.env, make_act(params), torch.from_numpy(phi), noise)
-            return {key: x[~others].numpy() for key, x in batch.items()}
-        except Exception as error:  # handed to the main process, which says it in one line
-            return f"{type(error).__name__}: {error}"
-
-
-@contextlib.contextmanager
-def signals_blocked():
-    """Ctrl-C and SIGTERM are for the main process, which finishes the epoch: a terminal and a batch system send them to
-    all. Processes started meanwhile never see them; those that come meanwhile are delivered at the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # multiprocessing's own process, which unblocks them when it is started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class WorkerError(RuntimeError):
-    """A worker process died, or an environment in it failed."""
-
-
-def rollout_here(env, make_act, params, phi, noise):
-    """As `rollout` with act = make_act(params); whatever a foreign environment raises is a WorkerError."""
-    try:
-        return rollout(env, make_act(params), phi, noise)
-    except Exception as error:
-        raise WorkerError(f"the environment failed: {first_line(error)}") from error
-
-
-class Workers:
-    """Rollouts in `count` processes, the same to the last bit for any count. Close it, or use it in a `with`."""
-
-    def __init__(self, env, count):
-        shards = [partial(Shard, env, index, count) for index in range(count)]
-        # spawn: on every system alike, and a worker whose main process dies notices it and ends
-        try:
-            with signals_blocked():
-                self.processes = gymnasium.vector.AsyncVectorEnv(shards, shared_memory=False, context="spawn")
-        except EOFError as error:
-            raise WorkerError("a sampling worker died while it started") from error
-
-    def rollout(self, make_act, params, phi, noise):
-        """As `rollout` with act = make_act(params); make_act must be importable. Raises WorkerError."""
-        params, noise = ({key: x.detach().cpu().numpy() for key, x in d.items()} for d in (params, noise))
-        try:
-            parts = self.processes.call("rollout", make_act, params, phi.numpy(), noise)
-        except (EOFError, OSError) as error:
-            raise WorkerError(f"a sampling worker died ({type(error).__name__})") from error
-        for part in parts:
-            if isinstance(part, str):
-                raise WorkerError(f"the environment failed in a sampling worker: {part}")
-        parts = dict(enumerate(part for part in parts if part is not None))  # with few trajectories some have none
-        lead = noise["reset"].shape[:3]  # (S, M, K)
-        length = max(part["mask"].shape[1] for part in parts.values())
-        batch = {}
-        for key, x in parts[0].items():
-            in_time = key in IN_TIME
-            shape = (length, *x.shape[2:]) if in_time else x.shape[1:]
-            batch[key] = np.zeros((math.prod(lead), *shape), x.dtype)
-            for index, part in parts.items():
-                own = batch[key][index :: self.processes.num_envs]
-                (own[:, : part[key].shape[1]] if in_time else own)[...] = part[key]
-        return {key: torch.from_numpy(x).unflatten(0, lead) for key, x in batch.items()}
-
-    def close(self):
-        for process in self.processes.processes:
-            process.kill()
-            process.join()
-        self.processes.closed = True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()

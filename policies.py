@@ -1,10 +1,10 @@
 """MLP policy and critic as one dict of tensors, and the policy-gradient and actor-critic losses on it.
 
 Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M where runs and tasks are flattened. Needs
-torch alone. A batch of trajectories, as `envs.rollout` returns it, is a dict with
+torch alone. Trajectories, as `envs.rollout` returns them, are a dict with
 
     obs (S, M, K, H, D)    actions (S, M, K, H) or (S, M, K, H, A)    rewards (S, M, K, H)
-    mask (S, M, K, H)      True while the episode runs; what lies behind its end is padding and counts for nothing
+    mask (S, M, K, H)      True while the episode runs; entries after its end are padding and are ignored
     last_obs (S, M, K, D)  the observation after the last step        terminated (S, M, K)  False: truncated there
 """
 
@@ -99,6 +99,11 @@ class Gaussian:
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
+def make_head(actions):
+    """The action distribution for `envs.Env.actions`: a count, or a box."""
+    return Categorical(actions) if isinstance(actions, int) else Gaussian(len(actions[0]))
+
+
 def actor(params, head):
     """The policy under params (S, M, ...) as act(obs (B, K, D), noise (B, K, size)) -> actions (B, K[, A])."""
     policy = mlp(params, "policy")
@@ -108,10 +113,10 @@ def actor(params, head):
 # --- what the losses are made of ---
 
 
-def log_probs(params, batch, head):
+def log_probs(params, trajectories, head):
     """log π(aₜ|sₜ): (S, M, K, H)."""
-    obs, actions = (batch[key].flatten(0, 1).flatten(1, 2) for key in ("obs", "actions"))  # (B, K·H, ...)
-    return head.log_prob(params, mlp(params, "policy")(obs), actions).view(batch["mask"].shape)
+    obs, actions = (trajectories[key].flatten(0, 1).flatten(1, 2) for key in ("obs", "actions"))  # (B, K·H, ...)
+    return head.log_prob(params, mlp(params, "policy")(obs), actions).view(trajectories["mask"].shape)
 
 
 def discounted_sums(x, discount):
@@ -163,14 +168,14 @@ ESTIMATORS = ("naive", "lvc", "dice")
 BASELINES = ("task", "step")
 
 
-# --- the losses: params, batch -> (S, M) ---
+# --- the losses: params, trajectories -> (S, M) ---
 
 
-def pg(params, batch, head, gamma, estimator, baseline="task", gae_lambda=None):
+def pg(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=None):
     """Policy gradient: rewards to go, whitened per task, summed over time, averaged over trajectories."""
-    mask = batch["mask"]
-    returns_to_go = discounted_sums(batch["rewards"] * mask, gamma)
-    return surrogate(log_probs(params, batch, head), whiten(returns_to_go, mask, baseline), mask, estimator)
+    mask = trajectories["mask"]
+    returns_to_go = discounted_sums(trajectories["rewards"] * mask, gamma)
+    return surrogate(log_probs(params, trajectories, head), whiten(returns_to_go, mask, baseline), mask, estimator)
 
 
 def gae(rewards, values, next_values, mask, gamma, gae_lambda):
@@ -178,24 +183,27 @@ def gae(rewards, values, next_values, mask, gamma, gae_lambda):
     return discounted_sums((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
-def ac(params, batch, head, gamma, estimator, baseline="task", gae_lambda=0.95):
+def ac(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=0.95):
     """Actor-critic: whitened GAE(λ) advantages, plus ½ the critic's mean squared error to its λ-returns.
 
     A terminated episode is worth nothing from there on; a truncated one is worth V of its last observation.
     """
-    mask, critic = batch["mask"], mlp(params, "critic")
-    values = critic(batch["obs"].flatten(0, 1).flatten(1, 2)).view(mask.shape)
+    mask, critic = trajectories["mask"], mlp(params, "critic")
+    values = critic(trajectories["obs"].flatten(0, 1).flatten(1, 2)).view(mask.shape)
     with torch.no_grad():
-        last_value = critic(batch["last_obs"].flatten(0, 1)).view(mask.shape[:3])
-        last_value = last_value.masked_fill(batch["terminated"], 0.0).unsqueeze(-1)
+        last_value = critic(trajectories["last_obs"].flatten(0, 1)).view(mask.shape[:3])
+        last_value = last_value.masked_fill(trajectories["terminated"], 0.0).unsqueeze(-1)
         next_values = torch.cat([values[..., 1:], last_value], -1)
         is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
         next_values = torch.where(is_last, last_value, next_values)
-        advantages = gae(batch["rewards"], values, next_values, mask, gamma, gae_lambda)
+        advantages = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
         targets = advantages + values
     count = mask.sum((2, 3)).clamp(min=1)
     value_loss = 0.5 * ((values - targets).square() * mask).sum((2, 3)) / count
-    return surrogate(log_probs(params, batch, head), whiten(advantages, mask, baseline), mask, estimator) + value_loss
+    return (
+        surrogate(log_probs(params, trajectories, head), whiten(advantages, mask, baseline), mask, estimator)
+        + value_loss
+    )
 
 
 LOSSES = {"pg": pg, "ac": ac}

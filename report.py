@@ -7,19 +7,19 @@ Statistics over seeds as rliable does them (Agarwal et al. 2021): the interquart
 bootstrap intervals.
 """
 
-import contextlib
 import csv
 import io
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+
+from checkpoints import write_atomically
 
 EMA = 0.9  # the paper's smoothing factor
 RESAMPLES = 1000
@@ -60,46 +60,6 @@ def interval(values, axis=0):
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
 
 
-# --- files: whoever reads one sees the old content or the new, never half of it ---
-
-
-@contextlib.contextmanager
-def named(path):
-    """What the system refuses while a file is open, e.g. for a full disk, names the file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def sync(path):
-    """Have a file's content on the disk."""
-    with named(path), open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def write_durably(path, data):
-    """bytes or text -> a new file, on the disk when this returns; none where that fails."""
-    path.unlink(missing_ok=True)  # it may be a link to elsewhere, in a folder from a stranger
-    try:
-        with named(path), open(path, "xb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path, data):
-    """bytes or text -> path, by way of a file beside it."""
-    aside = path.with_name(path.name + ".tmp")
-    write_durably(aside, data)
-    os.replace(aside, path)
-
-
 # --- reading ---
 
 
@@ -109,8 +69,8 @@ def read(root):
     for path in sorted(Path(root).glob("**/config.json")):
         try:
             run = read_run(path.parent)
-            phi = phi or run["config"]["phi"]
-            if run["config"]["phi"] != phi:
+            phi = phi or run["config"]["phi_names"]
+            if run["config"]["phi_names"] != phi:
                 raise ValueError(f"{path}: its φ is {run['config']['phi']}, that of the runs before {phi}")
         except ValueError as error:
             left_out.append(f"{error}; the run is left out of the report")
@@ -133,7 +93,7 @@ def read_run(folder):
             run[path.stem] = parse(path.read_text(encoding="utf-8") if path.exists() else "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
-    if any(len(row["phi"].split()) != len(run["config"]["phi"]) for row in run["eval"]):
+    if any(len(row["phi"].split()) != len(run["config"]["phi_names"]) for row in run["eval"]):
         raise ValueError(f"{folder / 'eval.csv'}: damaged (a φ does not consist of {run['config']['phi']})")
     return run
 
@@ -141,14 +101,14 @@ def read_run(folder):
 def parse_config(text):
     config = json.loads(text)
     number = (int, float, type(None))
-    kinds = {"env": str, "rl": str, "algo": str, "phi": list, "low": list, "high": list, "inner_steps": int}
+    kinds = {"env": str, "rl": str, "algo": str, "phi_names": list, "range": list, "inner_steps": int}
     kinds |= {"eval_steps": int, "beta": number[:2], "delta": number, "threshold": number}
     for key, kind in kinds.items():
         if not isinstance(config[key], kind):
             raise ValueError(f"{key} is {config[key]!r}")
-    for key in ("low", "high"):
-        if len(config[key]) != len(config["phi"]) or not all(isinstance(x, number[:2]) for x in config[key]):
-            raise ValueError(f"{key} is {config[key]!r}")
+    bounds = config["range"]
+    if len(bounds) != 2 * len(config["phi_names"]) or not all(isinstance(x, number[:2]) for x in bounds):
+        raise ValueError(f"range is {bounds!r}")
     if config["algo"].removeprefix("directed-") not in COLOURS:
         raise ValueError(f"algo is {config['algo']!r}")
     return config
@@ -236,7 +196,7 @@ def held_out_return(run, step, inside):
         if row["epoch"] != run["eval"][-1]["epoch"] or int(row["step"]) != step:
             continue
         phi = map(float, row["phi"].split())
-        bounds = zip(phi, run["config"]["low"], run["config"]["high"], strict=True)
+        bounds = zip(phi, run["config"]["range"][::2], run["config"]["range"][1::2], strict=True)
         within = all(abs(x - (a + b) / 2) <= 0.50001 * (b - a) for x, a, b in bounds)  # φ is written to six digits
         if within == inside:
             returns.append(float(row["return"]))
@@ -547,62 +507,15 @@ def draw_adaptation(plt, labels, path):
     figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks at the last evaluation")
     for column in range(columns):  # the lowest panel of each column
         lowest = panels.flat[max(range(column, len(labels), columns))]
-        lowest.set_xlabel(config["phi"][0] if len(config["phi"]) == 1 else "distance of φ from the mean task")
+        lowest.set_xlabel(
+            config["phi_names"][0] if len(config["phi_names"]) == 1 else "distance of φ from the mean task"
+        )
         lowest.tick_params(labelbottom=True)
     figure.supylabel("mean return (undiscounted)", fontsize=10)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
     plt.close(figure)
     return True
-
-
-# --- one episode as an animation ---
-
-
-def animate(pictures, episode, env, phi, path):
-    """Write a GIF of the episode's pictures, or, where there are none, of its positions drawn in the plane."""
-    from PIL import Image
-
-    pictures = draw_positions(episode, env, phi) if pictures is None else pictures
-    images = [Image.fromarray(picture) for picture in pictures]
-    images = [image.resize((image.width // 2, image.height // 2)) for image in images]
-    animation = io.BytesIO()
-    images[0].save(animation, format="GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
-    write_atomically(path, animation.getvalue())
-
-
-def draw_positions(episode, env, phi):
-    """point: the path and its goal. crossing: the two vehicles on their roads. velocity: v against time."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    length = int(episode["mask"].sum())
-    obs = np.concatenate([episode["obs"].reshape(length, -1), episode["last_obs"].reshape(1, -1)])
-    pictures = []
-    for t in range(1, len(obs) + 1):
-        figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-        if env.obs_dim == 1:
-            axes.plot(obs[:t, 0], color="#0072B2", marker="o", markersize=3, label="velocity")
-            axes.axhline(phi.item(), color="#D55E00", linestyle="--", label="target")
-            axes.set(xlim=(0, length), xlabel="step", ylabel=env.phi[0])
-        elif len(env.phi) == 2:
-            axes.plot(*obs[:t].T, color="#0072B2", marker="o", markersize=3, label="path")
-            axes.plot(*phi.flatten(), "*", color="#D55E00", markersize=14, label="goal")
-            axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), xlabel="x (m)", ylabel="y (m)")
-        else:
-            x, y = obs[t - 1] * [50, -50]  # m, as envs.crossing has it
-            axes.axhspan(-2, 2, color="0.9")
-            axes.axvspan(-2, 2, color="0.9")
-            axes.plot(0, y, "^", color="#0072B2", markersize=14, label="vehicle 1, the policy's")
-            axes.plot(x, 0, ">", color="#D55E00", markersize=14, label=f"vehicle 2, {phi.item():g} m/s")
-            axes.set(xlim=(-50, 50), ylim=(-50, 50), xlabel="east (m)", ylabel="north (m)")
-        axes.legend(loc="upper right")
-        figure.canvas.draw()
-        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-        plt.close(figure)
-    return pictures
 
 
 def write(root):

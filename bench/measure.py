@@ -14,7 +14,7 @@ import torch
 
 import maml
 import run
-from tests import reference
+from bench import reference
 
 WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time
 

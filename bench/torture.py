@@ -1,4 +1,4 @@
-"""Does the damage: kills training at random moments, and runs it long. `python tests/torture.py --help`; needs Linux.
+"""Does the damage: kills training at random moments, and runs it long. `python bench/torture.py --help`; needs Linux.
 
 The suite does a little of it; this takes from minutes to an hour.
 """

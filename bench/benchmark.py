@@ -1,6 +1,6 @@
 """How fast the shipped code is, beside the conventional design (reference.py) measured in the same run.
 
-`python tests/benchmark.py` takes some minutes and prints Markdown; its last table holds the targets. A configuration
+`python bench/benchmark.py` takes some minutes and prints Markdown; its last table holds the targets. A configuration
 is a command line of run.py, measured in a fresh process. All take turns, round by round, so that a busy moment of the
 machine does not fall on one of them alone. Figures are those of the median round, [lowest, highest] beside them.
 """
@@ -26,8 +26,8 @@ import envs
 import maml
 import report
 import run
-from tests import replay
-from tests.measure import Configuration, in_fresh_processes, measure, median_epoch, profile, time_epoch
+from bench import replay
+from bench.measure import Configuration, in_fresh_processes, measure, median_epoch, profile, time_epoch
 
 PARTS = ("epoch", "reference", "scaling", "lunarlander", "profile")
 COMPARED = ("maml", "fomaml", "directed-maml")  # with the conventional design
@@ -310,7 +310,7 @@ def main(argv=None):
         text += ["## Profile", *(profile_table(c, args.device, measured) for c in chosen["profile"])]
     text += ["## Targets", table(["target", "limit", "measured", "met"], targets)]
 
-    command = shlex.join(["python", "tests/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "bench/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     about = (
         f"`{command}`: torch {torch.__version__}, gymnasium {gymnasium.__version__}, {os.cpu_count()} cores, one "
         f"thread, device {args.device}. The median of {args.repeats} rounds, one where a round takes over {LONG:g} s "

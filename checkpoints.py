@@ -1,0 +1,279 @@
+"""A training run on the disk: its folder and lock, files that are never half-written, checkpoints and how they resume.
+
+A run's checkpoint holds everything: θ, the optimiser's state, and the rows of log.csv and eval.csv. The two CSV files
+are views of it for people and the report: rows are appended as training goes, and --resume writes them anew.
+"""
+
+import contextlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+FORMAT = 3
+CHECKPOINT, PENDING, FAILED = "checkpoint.pt", "checkpoint.pt.tmp", "failed.txt"
+TABLES = {  # the CSV files, and their columns
+    "log": ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med"],
+    "eval": ["epoch", "phi", "step", "return"],
+}
+RUN_FILES = [CHECKPOINT, PENDING, FAILED, "log.csv", "eval.csv", "config.json"]
+TENSORS = ("theta", "alpha", "optimizer")  # what of a state is stacked when runs train together
+REMEDY = "restore it, or start again with --overwrite"
+
+
+class RunError(Exception):
+    """What is wrong with a run, in one line with the remedy. code: the command's exit code."""
+
+    def __init__(self, message, code=1):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Run:
+    """One training run. settings: what makes it this run, plain numbers and words. state: how far it has come, with
+
+    format, settings, epoch, theta (a dict of leaves (1, 1, ...)), alpha (the same where it is learned, or {}),
+    optimizer ({index of the parameter: its tensors}), totals (env_steps, seconds, ..), and the rows of log.csv and
+    eval.csv."""
+
+    folder: Path
+    settings: dict
+    state: dict
+
+
+# --- files: whoever reads one sees the old content or the new, never half of it ---
+
+
+@contextlib.contextmanager
+def named(path):
+    """Add the path to any OSError raised inside."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_durably(path, data):
+    """bytes or text -> a new file, on the disk when this returns; none where that fails."""
+    path.unlink(missing_ok=True)  # it may be a link to elsewhere, in a folder from a stranger
+    try:
+        with named(path), open(path, "xb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path, data):
+    """bytes or text -> path, through a temporary file beside it."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_durably(temporary, data)
+    os.replace(temporary, path)
+
+
+def csv_lines(rows):
+    """Rows of None, words and numbers, floats to seven digits, as the text of a CSV file."""
+    shown = [["" if x is None else f"{x:.7g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    return "".join(",".join(row) + "\n" for row in shown)
+
+
+def append_rows(run, table, rows):
+    """Add rows to the end of log.csv or eval.csv."""
+    path = run.folder / f"{table}.csv"
+    with named(path), open(path, "a", newline="") as file:
+        file.write(csv_lines(rows))
+
+
+# --- the folder ---
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """Keep other processes from writing in this folder. The lock is on the folder itself, so there is no lock file, and
+    the system releases it however the process ends. There is none on Windows, nor where the file system has no locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{folder}: another process is training this run; wait for its end, or give another --out"
+            ) from error
+        except OSError:  # e.g. NFS, which wants the descriptor to be writable, and a folder's cannot be
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened(runs, resume, overwrite, epochs):
+    """The runs' folders, locked for this process; with `resume` each run's state is that of its checkpoint.
+
+    Each run comes with the state that it begins with. Nothing is written before all are found good. Raises RunError for
+    a run that exists without `resume` or `overwrite`, is beyond `epochs`, has other settings, or a damaged checkpoint.
+    """
+    new = [run for run in runs if not run.folder.exists()]
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            if run not in new:
+                locks.enter_context(locked(run.folder))
+                if not (resume or overwrite) and any((run.folder / name).exists() for name in RUN_FILES):
+                    raise RunError(
+                        f"{run.folder}: this run exists; give --resume to continue it, --overwrite to start again, or "
+                        "another --out", 2,
+                    )  # fmt: skip
+        saved = [read_checkpoint(run, CHECKPOINT) if resume else None for run in runs]
+        for run, state in zip(runs, saved, strict=True):
+            if state and state["epoch"] > epochs:
+                raise RunError(
+                    f"{run.folder}: is at epoch {state['epoch']} already; give --epochs {state['epoch']} or more", 2
+                )
+        for run in new:
+            run.folder.mkdir(parents=True)  # raises where another process has just made it
+            locks.enter_context(locked(run.folder))
+        for run, state in zip(runs, saved, strict=True):
+            run.state = state or run.state
+        if resume:
+            roll_forward(runs)
+        yield
+
+
+def begin(run, config, evaluated):
+    """Make the run's folder ready for training from its state on. evaluated: the epochs at which an evaluation belongs;
+    one off the schedule, at what was the last epoch, is not one that a longer run would have made."""
+    for name in RUN_FILES if run.state["epoch"] == 0 else [FAILED]:
+        (run.folder / name).unlink(missing_ok=True)
+    write_atomically(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
+    run.state["eval"] = [row for row in run.state["eval"] if row[0] in evaluated]
+    for table, columns in TABLES.items():
+        write_atomically(run.folder / f"{table}.csv", ",".join(columns) + "\n" + csv_lines(run.state[table]))
+
+
+# --- checkpoints ---
+
+
+def save(runs):
+    """The checkpoints of runs that train together. All are complete beside their places before the first is put in its
+    place, so that a crash in between never parts the runs: see `roll_forward`."""
+    for run in runs:
+        data = io.BytesIO()
+        torch.save(run.state, data)
+        write_durably(run.folder / PENDING, data.getvalue())
+    for run in runs:
+        os.replace(run.folder / PENDING, run.folder / CHECKPOINT)
+
+
+def roll_forward(runs):
+    """After a crash while checkpoints were put in place, some runs are at the new epoch, and all others have a complete
+    checkpoint of that epoch pending: put it in place, so that they continue together."""
+    for algo in {run.settings["algo"] for run in runs}:
+        together = [run for run in runs if run.settings["algo"] == algo]
+        epochs = {run.state["epoch"] for run in together} - {0}
+        for run in together:
+            with contextlib.suppress(RunError):  # half-written: the crash came before any was put in place
+                pending = read_checkpoint(run, PENDING)
+                if pending and pending["epoch"] in epochs and pending["epoch"] > run.state["epoch"]:
+                    os.replace(run.folder / PENDING, run.folder / CHECKPOINT)
+                    run.state = pending
+
+
+def read_checkpoint(run, name):
+    """The state in a run's folder, or None where there is none; checked against the run's settings and first state."""
+    state = load(run.folder / name)
+    if state is not None:
+        check_settings(state, run)
+        check_layout(state, run.state, run.folder / name)
+    return state
+
+
+def load(path):
+    """The state in a checkpoint file, or None where there is none. Runs no code of the file's: weights_only=True."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds, all of which mean the same here
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        raise RunError(f"{path}: not a checkpoint that torch can read ({reason}); {REMEDY}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        raise RunError(f"{path}: not a checkpoint of this program; {REMEDY}")
+    if state.get("format") != FORMAT:
+        raise RunError(f"{path}: its format is {state.get('format')!r}, this program's is {FORMAT}; {REMEDY}")
+    return state
+
+
+def check_settings(state, run):
+    """Raises RunError where a checkpoint's settings are not those of this command's run."""
+    for key, value in run.settings.items():
+        before = state["settings"].get(key)
+        if json.dumps(before, default=repr) != json.dumps(value):  # as text: it may even be a tensor
+            flag = "--" + key.replace("_", "-")
+            raise RunError(
+                f"{run.folder}: began with {key} {before}, this command says {value}; give {flag} as before, another "
+                "--out, or --overwrite", 2,
+            )  # fmt: skip
+
+
+def check_layout(state, first, path):
+    """Raises RunError where a state is not made as a run's first state is, or its rows are not those of its epochs."""
+    got, expected = layout(state), layout(first)
+    for name in {**expected, **got}:
+        if got.get(name) != expected.get(name):
+            raise RunError(f"{path}: {name} is {got.get(name)}, expected {expected.get(name)}; {REMEDY}")
+    if state["epoch"] < 1:
+        raise RunError(f"{path}: epoch is {state['epoch']}, expected at least 1; {REMEDY}")
+    for table, columns in TABLES.items():
+        for row in state[table]:
+            if not isinstance(row, list) or len(row) != len(columns) or not all(map(is_plain, row)):
+                raise RunError(f"{path}: {str(row)[:40]} is no row of {','.join(columns)}; {REMEDY}")
+    if [row[0] for row in state["log"]] != list(range(1, state["epoch"] + 1)):
+        raise RunError(f"{path}: its log does not hold epochs 1 to {state['epoch']}; {REMEDY}")
+
+
+def is_plain(x):
+    return x is None or isinstance(x, (int, float)) or (isinstance(x, str) and set(x) <= set("0123456789+-.einfa "))
+
+
+def layout(x, name="checkpoint"):
+    """What a state is made of, its values aside: {name: shape and type}."""
+    if isinstance(x, dict):
+        return {k: v for key in x if key != "settings" for k, v in layout(x[key], f"{name}.{key}").items()}
+    return {name: f"{list(x.shape)} {x.dtype}" if torch.is_tensor(x) else type(x).__name__}
+
+
+# --- runs that train together, along the first axis ---
+
+
+def stack(trees, device):
+    """Nested dicts of tensors (1, ...), one for each run -> one such dict of tensors (S, ...) on the device. What has
+    no axis, such as Adam's step count, is the same for all."""
+    if isinstance(trees[0], dict):
+        return {key: stack([tree[key] for tree in trees], device) for key in trees[0]}
+    return torch.cat([x.detach() for x in trees]).to(device) if trees[0].dim() else trees[0].clone()
+
+
+def take(tree, run):
+    """The reverse of `stack`: one run's part, on the CPU."""
+    if isinstance(tree, dict):
+        return {key: take(x, run) for key, x in tree.items()}
+    return (tree[run : run + 1] if tree.dim() else tree).detach().cpu().clone()

@@ -1,0 +1,244 @@
+"""Use a finished run: load it, adapt its policy to a new task or to episodes of your own, act, and watch it.
+
+    policy = load("runs/cartpole-pg/directed-fomaml/delta0.005/seed1").adapt(phi=[12.0])
+    action = policy.act(observation)
+
+Untrusted runs are safe to open: a checkpoint is data, and an environment `module:id`, whose module is code, is made
+only if the caller names it.
+"""
+
+import io
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoints
+import envs
+import maml
+import policies
+from checkpoints import RunError
+
+WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
+
+
+def load(folder, trusted_env=None):
+    """The `Policy` of a run's folder as of its last checkpoint, not adapted to any task.
+
+    trusted_env: must be the run's environment where that is `module:id`, since making it runs the module's code.
+    Raises RunError, one line, for a folder without a checkpoint and for one that is damaged.
+    """
+    path = Path(folder) / checkpoints.CHECKPOINT
+    state = checkpoints.load(path)
+    if state is None:
+        raise RunError(f"{folder}: there is no {checkpoints.CHECKPOINT}; name the folder of one run", 2)
+    settings = state["settings"]
+    try:
+        name = settings["env"]
+        if ":" in name and name != trusted_env:
+            raise RunError(f"{path}: runs the code of module {name}; if you trust it, give --env {name} too", 2)
+        env = envs.make(name, settings["param"], settings["range"], settings["horizon"])
+        policy = Policy(env, settings, state["theta"], state["alpha"] or float(settings["alpha"]))
+        policy.act(np.zeros(env.obs_dim))  # a θ of another shape fails here
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whatever a stranger wrote there
+        raise RunError(
+            f"{path}: its settings or parameters are not those of a run ({envs.first_line(error)})"
+        ) from error
+    return policy
+
+
+@dataclass
+class Policy:
+    """π_θ of one run. theta: parameters (1, 1, ...); alpha: inner step size, a number or learned like theta."""
+
+    env: envs.Env
+    settings: dict
+    theta: dict
+    alpha: dict | float
+    rng: np.random.Generator = field(default_factory=np.random.default_rng)  # of stochastic actions
+
+    @property
+    def head(self):
+        return policies.make_head(self.env.actions)
+
+    def act(self, observation, greedy=False):
+        """An action that gymnasium's env.step takes, for one observation of any shape that has D numbers.
+
+        Drawn from the policy; `greedy`: its mode. Box actions are scaled from the policy's [−1, 1] to the box.
+        """
+        obs = torch.as_tensor(np.asarray(observation, np.float32).reshape(1, 1, self.env.obs_dim))
+        noise = self.rng.gumbel if isinstance(self.env.actions, int) else self.rng.normal
+        noise = torch.tensor(noise(size=(1, 1, self.env.action_dim)) * (not greedy), dtype=torch.float32)
+        with torch.no_grad():
+            action = policies.actor(self.theta, self.head)(obs, noise)
+        return int(action) if isinstance(self.env.actions, int) else envs.in_box(action, self.env.actions)[0, 0].numpy()
+
+    def adapt(self, phi=None, episodes=None, steps=None, seed=0):
+        """The policy after the run's inner steps (or `steps`) on a task: θ' = θ − α ∇L(θ), each on fresh episodes.
+
+        phi: the P numbers of a task of the run's own environment, sampled here with K trajectories a step.
+        episodes: data of your own instead: a list for each step of (observations, actions, rewards), one for each
+            episode; T actions as the environment took them, and T observations, or T + 1 where it did not terminate.
+        Raises ValueError for a phi or episodes of another shape.
+        """
+        if (phi is None) == (episodes is None):
+            raise ValueError("adapt: give either phi or episodes")
+        if episodes is None:
+            draw = partial(self.sample, self.check_phi(phi), envs.generators([seed], WATCH))
+            steps = self.settings["inner_steps"] if steps is None else steps
+        else:
+            parts = iter([self.trajectories(part) for part in episodes])
+            draw = lambda params: next(parts)  # noqa: E731
+            steps = len(episodes)
+        theta = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
+        adapted = maml.adapt(
+            theta, lambda params: self.loss(params, draw(params)), self.alpha, steps, second_order=False
+        )
+        return replace(self, theta={name: p.detach() for name, p in adapted.items()})
+
+    def check_phi(self, phi):
+        if len(phi) != len(self.env.phi_names):
+            shown = " ".join(f"{x:g}" for x in phi)
+            expected = f"{len(self.env.phi_names)} number(s): {', '.join(self.env.phi_names)}"
+            raise ValueError(f"phi {shown}: expected {expected}")
+        return torch.tensor([[list(map(float, phi))]])
+
+    def sample(self, phi, rng, params, num_trajectories=None):
+        """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""
+        noise = envs.draw_noise(self.env, rng, 1, num_trajectories or self.settings["trajectories"])
+        acting = {name: p.detach() for name, p in params.items()}
+        return envs.rollout(self.env, policies.actor(acting, self.head), phi, noise)
+
+    def loss(self, params, trajectories):
+        options = {key: self.settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
+        return policies.LOSSES[self.settings["rl"]](params, trajectories, head=self.head, **options)
+
+    def trajectories(self, episodes):
+        """[(observations, actions, rewards), ..] -> the dict that policies.py describes, S = M = 1."""
+        lengths = [len(rewards) for _, _, rewards in episodes]
+        discrete = isinstance(self.env.actions, int)
+        lead = (1, 1, len(episodes), max(lengths))
+        parts = {
+            "obs": torch.zeros(*lead, self.env.obs_dim), "rewards": torch.zeros(lead),
+            "actions": torch.zeros(lead, dtype=torch.long) if discrete else torch.zeros(*lead, self.env.action_dim),
+            "mask": torch.arange(max(lengths)) < torch.tensor(lengths).view(1, 1, -1, 1),
+            "last_obs": torch.zeros(1, 1, len(episodes), self.env.obs_dim),
+            "terminated": torch.ones(1, 1, len(episodes), dtype=torch.bool),
+        }  # fmt: skip
+        for k, (observations, actions, rewards) in enumerate(episodes):
+            count = len(rewards)
+            obs = torch.as_tensor(np.asarray(observations, np.float32)).reshape(len(observations), -1)
+            if len(actions) != count or len(obs) not in (count, count + 1) or obs.shape[1] != self.env.obs_dim:
+                raise ValueError(
+                    f"episode {k}: {len(obs)} observations of {obs.shape[1]} numbers, {len(actions)} actions, {count} "
+                    f"rewards; expected T or T + 1 observations of {self.env.obs_dim}, T actions and T rewards"
+                )
+            parts["obs"][0, 0, k, :count] = obs[:count]
+            parts["rewards"][0, 0, k, :count] = torch.as_tensor(np.asarray(rewards, np.float32))
+            taken = torch.as_tensor(np.asarray(actions))
+            parts["actions"][0, 0, k, :count] = taken if discrete else envs.from_box(taken, self.env.actions)
+            if len(obs) > count:
+                parts["last_obs"][0, 0, k], parts["terminated"][0, 0, k] = obs[count], False
+        return parts
+
+
+# --- watch ---
+
+
+def watch(folder, phi=None, trusted_env=None):
+    """One episode of a run's policy, adapted to φ (default: the mean task), as a GIF in its folder, and in a window
+    where there is a display. Returns what to tell the user. Raises RunError."""
+    policy = load(folder, trusted_env)
+    env = policy.env
+    phi = envs.mean_task(env) if phi is None else phi
+    try:
+        phi = policy.check_phi(phi)
+        adapted = policy.adapt(phi[0, 0].tolist())
+        noise_rng = envs.generators([policy.settings["seed"]], WATCH, 1)
+        noise = envs.draw_noise(env, noise_rng, 1, 1)
+        episode = envs.rollout(env, policies.actor(adapted.theta, policy.head), phi, noise)
+        pictures = frames(env, phi, noise, episode)
+        from PIL import Image
+    except ImportError as error:
+        raise RunError(f"--watch: {error}; animations need matplotlib: pip install matplotlib") from error
+    except ValueError as error:
+        raise RunError(f"--{error}", 2) from error
+    images = [Image.fromarray(picture) for picture in pictures]
+    images = [image.resize((image.width // 2, image.height // 2)) for image in images]
+    animation = io.BytesIO()
+    images[0].save(animation, format="GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
+    path = Path(folder) / f"watch-{'_'.join(f'{x:g}' for x in phi.flatten().tolist())}.gif"
+    checkpoints.write_atomically(path, animation.getvalue())
+    length, total = int(episode["mask"].sum()), float(episode["rewards"].sum())
+    return f"{length} steps, return {total:.4g} after {policy.settings['inner_steps']} inner step(s); wrote {path}"
+
+
+def frames(env, phi, noise, episode):
+    """The episode (S = M = K = 1) as pictures (height, width, 3): as gymnasium renders it, or as the family's
+    `draw`."""
+    if not (isinstance(env.draw, str) or env.in_workers):
+        return draw_frames(env, phi, episode)
+    windows = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if not windows:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
+        pictures = (
+            render_states(env, episode, mode) if isinstance(env.draw, str) else replay(env, phi, noise, episode, mode)
+        )
+    return pictures
+
+
+def render_states(env, episode, mode):
+    """By the gymnasium environment `env.draw`, set to every state."""
+    shown = envs.gymnasium.make(env.draw, render_mode=mode).unwrapped
+    pictures = []
+    for state in episode["obs"][episode["mask"]]:
+        shown.state = state.numpy()
+        pictures.append(shown.render())
+    shown.close()
+    return pictures
+
+
+def replay(env, phi, noise, episode, mode):
+    """By the gymnasium environment itself, in a rollout with the episode's actions."""
+    shown = envs.Gymnasium(env.dynamics.env_id, env.dynamics.names, env.dynamics.scale, render_mode=mode)
+    pictures, actions = [], iter(episode["actions"][episode["mask"]])
+
+    def act(obs, noise):
+        pictures.append(shown.instances[0].render())
+        return next(actions)[None, None]
+
+    envs.rollout(replace(env, dynamics=shown, horizon=int(episode["mask"].sum())), act, phi,
+                 noise | {"action": noise["action"][:, :, :, : int(episode["mask"].sum())]})  # fmt: skip
+    shown.instances[0].close()
+    return pictures
+
+
+def draw_frames(env, phi, episode):
+    """With matplotlib, by the task family's `draw`; observations against time where it has none."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    length = int(episode["mask"].sum())
+    obs = np.concatenate([episode["obs"][0, 0, 0, :length], episode["last_obs"][0, 0]])
+    pictures = []
+    for t in range(1, len(obs) + 1):
+        figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+        (env.draw or partial(draw_observations, length))(axes, obs[:t], phi.flatten().tolist())
+        axes.legend(loc="upper right")
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+        plt.close(figure)
+    return pictures
+
+
+def draw_observations(length, axes, obs, phi):
+    for i, values in enumerate(obs.T):
+        axes.plot(values, label=f"observation {i}")
+    axes.set(xlim=(0, length), xlabel="step", title=f"φ = {', '.join(f'{x:g}' for x in phi)}")
