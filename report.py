@@ -1,7 +1,6 @@
 """The run folders of one experiment -> report.md, its figures, and the numbers behind both: summary.csv, curves.csv.
 
-Needs numpy; figures need matplotlib. run.py writes all this after training, `python report.py FOLDER ..` does so anew,
-and `python report.py FILE.md ..` fills the tables of Markdown files, see `fill`.
+Needs numpy; figures need matplotlib. run.py writes all this after training; `python report.py FOLDER ..` rewrites it.
 
 Statistics over seeds as rliable does them (Agarwal et al. 2021): the interquartile mean (IQM), and 95% percentile
 bootstrap intervals.
@@ -12,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -338,28 +336,6 @@ def tables(labels):
     return first, markdown([{column: line[column] for column in ("algorithm", *shown)} for line in lines])
 
 
-def fill(path):
-    """Rewrite the tables of a Markdown file: each stands below a comment with its columns, and its lines as {name:
-    folder/label}, folders with a summary.csv beside the file:
-
-    <!-- report {"columns": ["epochs to convergence"], "lines": {"fomaml": "cartpole-pg/fomaml"}} -->
-    """
-    path = Path(path)
-
-    def filled(match):
-        wanted = json.loads(match[2])
-        lines = []
-        for name, place in wanted["lines"].items():
-            folder, label = place.rsplit("/", 1)
-            labels = read_summary((path.parent / folder / "summary.csv").read_text(encoding="utf-8"))
-            line = cells(name, label, labels)
-            lines.append({column: line[column] for column in ("algorithm", *wanted["columns"])})
-        return f"{match[1]}\n\n{markdown(lines)}\n\n"  # without the empty line what follows would be one more row
-
-    text = path.read_text(encoding="utf-8")
-    write_atomically(path, re.sub(r"(<!-- report (\{.*\}) -->)\n*(?:\|.*\n)*\n*", filled, text))
-
-
 def text(labels, table, by_steps):
     config = next(iter(labels.values()))[0]["config"]
     threshold = "a threshold, here not given" if config["threshold"] is None else f"{config['threshold']:g}"
@@ -548,15 +524,12 @@ def write(root):
 
 
 def main(names):
-    """Folders of runs: write their reports; Markdown files: fill their tables."""
+    """Write the reports of these folders of runs."""
     for name in names:
         try:
-            if name.endswith(".md"):
-                fill(name)
-            elif Path(name).is_dir():
-                print(*itertools.chain(*write(name)), sep="\n")
-            else:
-                raise ValueError("neither a folder nor a .md file")
+            if not Path(name).is_dir():
+                raise ValueError("not a folder")
+            print(*itertools.chain(*write(name)), sep="\n")
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"report.py: {name}: {type(error).__name__}: {error}")
 

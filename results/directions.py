@@ -1,12 +1,13 @@
-"""Is the medium task's gradient a better direction than another task's? -> results/directions.md
+"""Is the medium task's gradient a better direction than another task's? Writes results/directions.md.
 
-From the repository's root: `python -m results.directions`. Trains FOMAML with Table I, 10 seeds, and at some epochs
-takes the gradients of the loss, at the same θ, on a grid of tasks over Φ, each many times with fresh trajectories. A
-cosine is one to the direction that all tasks share, the mean over the grid of their expected gradients; first of a
-task's expected gradient, then of an estimate from K = 10 trajectories, which is what a δ-step follows. The medium task
-is the δ-step's default, all tasks (their mean cosine) what `--medium random` takes. Expected values come from two
-halves of the repeats, so that noise does not bias them: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>). Interquartile
-means over seeds, 95% bootstrap intervals.
+From the repository's root: `python -m results.directions`. Trains FOMAML with Table I's step sizes, 10 seeds. At some
+epochs it takes the gradients of the loss at the same θ on a grid of tasks over Φ, each many times with fresh
+trajectories. All cosines are with the shared direction, the mean of the tasks' expected gradients over the grid.
+"Expected" is the cosine of a task's expected gradient; "K = 10" that of an estimate from 10 trajectories, which is what
+a δ-step follows. The medium task is the δ-step's default; "all tasks" is the mean cosine over the grid, which is what
+`--medium random` gets on average. To keep noise from biasing the expected values, they come from two halves of the
+repeats: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>), which may exceed 1. Interquartile means over seeds with 95%
+bootstrap intervals.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)
 
 
 def gradients(batch, problem, grid):
-    """Estimates of the gradient at θ, from K trajectories each: (repeats, S, G, number of parameters)."""
+    """Estimates of the gradient at θ from K trajectories each: (repeats, S, G, number of parameters)."""
     rng = envs.generators(batch.seeds, 99, batch.epoch)
     task_loss = run.TaskLoss(problem, batch.settings[0], grid.expand(len(batch.seeds), *grid.shape), rng)
     theta = {key: p.detach().requires_grad_() for key, p in maml.expand(batch.theta, len(grid)).items()}
@@ -39,7 +40,7 @@ def dot(a, b):
 
 
 def cosines(estimates):
-    """(repeats, S, G, n) -> {column: one number for each run}; the medium task is the middle one of the grid."""
+    """(repeats, S, G, n) -> {column: (S,) cosines}; the medium task is the middle one of the grid."""
     middle = estimates.shape[2] // 2
     halves = estimates.unflatten(0, (2, -1))  # (2, repeats / 2, S, G, n)
     tasks = halves.mean(1)  # (2, S, G, n)
@@ -70,7 +71,8 @@ def main():
                 found = cosines(gradients(batch, problem, envs.held_out_tasks(problem_env)))
             cells = {column: report.with_interval(values.tolist(), "{:.2f}".format) for column, values in found.items()}
             lines.append({"environment": env, "epoch": f"{batch.epoch}", **cells})
-    report.write_atomically(Path(__file__).with_suffix(".md"), f"# Directions\n\n{report.markdown(lines)}\n\n{__doc__}")
+    text = f"# Directions\n\n{report.markdown(lines)}\n\n{__doc__}"
+    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

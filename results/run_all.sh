@@ -1,30 +1,45 @@
 #!/usr/bin/env bash
-# Makes this folder anew: `results/run_all.sh`, or parts of it: `results/run_all.sh cartpole-pg controls/point`. Run folders
-# go to runs/, and a command that was stopped goes on where it stopped. On two cores: three hours, and LunarLander five more.
+# Makes every result of this folder: `results/run_all.sh`, or some: `results/run_all.sh cartpole-pg controls/point`.
+# `results/run_all.sh --list` prints the names of the experiments and runs nothing. Run folders go to runs/; an
+# experiment that was stopped resumes where it stopped. On two cores all of them take three hours, and LunarLander five
+# more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+list=
+if [[ ${1:-} == --list ]]; then list=yes; shift; fi
 wanted=("${@:-}")
-found=
+found= # the last experiment that was wanted
 
 is_wanted() { # NAME
   local part
   for part in "${wanted[@]}"; do
-    [[ $1/ != "${part:+$part/}"* ]] || { found=$1; return 0; }
+    [[ $1/ == "${part:+$part/}"* ]] && return 0
   done
   return 1
+}
+
+is_next() { # NAME: whether to run this experiment now; with --list, print its name instead
+  is_wanted "$1" || return 1
+  [[ -z $list || $1 == "$found" ]] || echo "$1" # LunarLander's experiments take several commands
+  found=$1
+  [[ -z $list ]]
 }
 
 experiment() { # NAME FLAGS..
   local name=$1 file
   shift
-  is_wanted "$name" || return 0
+  is_next "$name" || return 0
   echo "== $name: python run.py $*"
   python run.py "$@" --out "runs/$name" --resume
   mkdir -p "results/$name"
   for file in "runs/$name"/*/{report.md,summary.csv,curves.csv,curves.png,adaptation.png}; do
-    [[ $name != */* || $file == */summary.csv ]] || continue # an arm of a comparison: its numbers alone
+    [[ $name != */* || $file == */summary.csv ]] || continue # part of a comparison: only its numbers
     cp "$file" "results/$name/"
   done
+}
+
+scaled() { # SCALE NUMBERS..
+  LC_ALL=C awk 'BEGIN { for (i = 2; i < ARGC; i++) printf "%g ", ARGV[1] * ARGV[i] }' "$@"
 }
 
 all="maml fomaml meta-sgd reptile directed-maml directed-fomaml directed-meta-sgd directed-reptile"
@@ -33,7 +48,7 @@ both="--algo fomaml directed-fomaml"
 directed="--algo directed-fomaml"
 ten="--seed $(seq -s " " 10)"
 
-# Fig. 2, Table I; held-out tasks of point and velocity outside Φ too
+# Fig. 2, Table I; on point and velocity with held-out tasks outside Φ too
 experiment cartpole-pg --env cartpole --algo $all $ten
 experiment crossing-pg --env crossing --algo $all $ten
 experiment point-pg --env point --algo $all $ten --eval-range -1 1 -1 1
@@ -45,7 +60,8 @@ experiment crossing-ac --env crossing --algo $five $ten --rl ac --epochs 150
 experiment fig3 --env cartpole --algo fomaml directed-fomaml meta-sgd directed-meta-sgd --beta 0.02 $ten --epochs 200
 experiment delta --env cartpole $directed --delta 0 0.0005 0.001 0.002 0.005 0.01 0.02 $ten --epochs 250
 
-# Controls at Table I's step sizes: twice β and no δ-step; a random task; the δ-step's samples without it; and the baseline
+# Controls at Table I's step sizes: 2β without the δ-step; a random task as the medium task; as many trajectories without
+# the δ-step; and another baseline
 for env in "cartpole 0.002" "crossing 0.001" "point 0.002 --eval-range -1 1 -1 1" "velocity 0.0006 --eval-range -1 4"; do
   read -r env beta range <<< "$env"
   experiment controls/$env/beta --env $env --algo fomaml --beta $beta $ten $range
@@ -54,16 +70,16 @@ for env in "cartpole 0.002" "crossing 0.001" "point 0.002 --eval-range -1 1 -1 1
 done
 experiment controls/cartpole/baseline --env cartpole $both --baseline step $ten
 
-# Controls with tuned step sizes: twelve βs against fifteen (β, δ), seeds 1 to 5; the best of each again, seeds 11 to 20
+# Controls with tuned step sizes: 12 values of β against 15 pairs (β, δ), seeds 1 to 5; the best of each again on seeds 11 to 20
 for env in "cartpole 1" "crossing 0.5" "point 1"; do
   read -r env scale <<< "$env"
-  scaled() { local x; for x; do python -c "print(f'{$x * $scale:g}')"; done; }
-  for beta in $(scaled 0.0005 0.0007 0.001 0.0014 0.002 0.0028 0.004 0.0056 0.008 0.011 0.016 0.022); do
+  deltas=$(scaled $scale 0.0025 0.005 0.01)
+  for beta in $(scaled $scale 0.0005 0.0007 0.001 0.0014 0.002 0.0028 0.004 0.0056 0.008 0.011 0.016 0.022); do
     experiment grid/$env/beta$beta --env $env --algo fomaml --beta $beta --seed 1 2 3 4 5 --epochs 150
   done
-  for beta in $(scaled 0.0005 0.001 0.002 0.004 0.008); do
-    experiment grid/$env/directed-beta$beta --env $env $directed --beta $beta --delta $(scaled 0.0025 0.005 0.01) \
-      --seed 1 2 3 4 5 --epochs 150
+  for beta in $(scaled $scale 0.0005 0.001 0.002 0.004 0.008); do
+    experiment grid/$env/directed-beta$beta --env $env $directed --beta $beta --delta $deltas --seed 1 2 3 4 5 \
+      --epochs 150
   done
 done
 fresh="--seed $(seq -s " " 11 20) --epochs 150"
@@ -72,10 +88,10 @@ for env in "cartpole 0.0056 0.004 0.005" "crossing 0.004 0.004 0.005" "point 0.0
   experiment tuned/$env/undirected --env $env --algo fomaml --beta $alone $fresh
   experiment tuned/$env/directed --env $env $directed --beta $beta --delta $delta $fresh
 done
-if is_wanted grid; then python -m results.steps; fi
-if is_wanted directions; then python -m results.directions; fi
+if [[ -z $list ]] && is_wanted grid; then python -m results.steps; fi
+if is_next directions; then python -m results.directions; fi
 
-# Open questions: other distributions of tasks and medium tasks; the turbulence; a mean task that represents nothing
+# Open questions: other task distributions and medium tasks; turbulence after convergence; a medium task at a corner of Φ
 for env in cartpole crossing point; do
   for dist in bimodal skewed; do
     experiment task-dist/$env-$dist/mean --env $env $both --task-dist $dist $ten --epochs 150
@@ -89,7 +105,7 @@ for schedule in decay converged; do
 done
 experiment controls/point/corner --env point $directed --medium 0.5 0.5 $ten --eval-range -1 1 -1 1
 
-# Estimators of the meta-gradient, Meta-SGD's α stepped by β, and CartPole through the gymnasium wrapper
+# Estimators of the meta-gradient; Meta-SGD with α updated by β; CartPole through the gymnasium wrapper
 for estimator in naive lvc dice; do
   experiment estimators/$estimator --env point --algo maml directed-maml --estimator $estimator --beta 0.0003 \
     --delta 0.0015 --seed $(seq 1 20) --eval-every 25
@@ -112,7 +128,7 @@ experiment controls/lunarlander/beta $lander --algo maml --beta 0.002 --estimato
 experiment controls/lunarlander/random $lander --algo directed-maml --medium random --estimator dice --seed 1 2 3 \
   --epochs 300
 if [[ -z $found ]]; then
-  echo "run_all.sh: no experiment is called ${wanted[*]}; names are those of the folders here" >&2
+  echo "run_all.sh: unknown experiment ${wanted[*]}; --list prints the names" >&2
   exit 2
 fi
-python report.py README.md results/README.md
+[[ -n $list ]] || python -m results.fill README.md results/README.md

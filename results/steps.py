@@ -1,10 +1,11 @@
-"""results/grid/*/*/summary.csv -> results/grid/steps.png: is a δ-step more than a larger step?
+"""Does the δ-step do more than a larger β would? Draws results/grid/steps.png from results/grid/*/*/summary.csv.
 
-From the repository's root: `python -m results.steps`. Needs matplotlib. Prints the best cell of each grid, too.
+From the repository's root: `python -m results.steps`. Needs matplotlib. Also prints the best cell of each grid.
 """
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,27 +13,47 @@ import report
 
 GRID = Path(__file__).parent / "grid"
 ENVS = ["cartpole", "crossing", "point"]
-TASKS = 5  # M: the β-step sums over so many tasks, so M·β + δ is how far an epoch moves θ along gradients alike
+# M: the β-step sums over this many tasks. If all gradients were equal, an epoch would move θ by (M β + δ) times that
+# gradient, so figures and controls compare arms with the same M β + δ.
+TASKS = 5
 LOOKS = {"fomaml": ("#D55E00", "s", "none"), "directed-fomaml": ("#0072B2", "o", "full")}
 
 
-def cells(env):
-    """Both grids: [(algo, β, δ, env steps to convergence of each run, epochs to convergence of each run), ..]."""
-    found = []
-    for path in sorted((GRID / env).glob("*/summary.csv")):
+class Cell(NamedTuple):
+    """One pair of step sizes; env_steps, epochs: what each run needed to converge, inf if it never did."""
+
+    algo: str
+    beta: float
+    delta: float
+    env_steps: list
+    epochs: list
+
+
+def grid_cells(folder):
+    """All cells of an environment's two grids, without and with the δ-step."""
+    cells = []
+    for path in sorted(folder.glob("*/summary.csv")):
         for runs in report.read_summary(path.read_text(encoding="utf-8")).values():
             spent = runs["env_steps_to_convergence"], runs["epoch_to_convergence"]
-            found.append((runs["algo"][0], runs["beta"][0], runs["delta"][0], *spent))
-    return found
+            cells.append(Cell(runs["algo"][0], runs["beta"][0], runs["delta"][0], *spent))
+    return cells
 
 
-def draw(panel, env, found):
-    limit = 1.15 * max(report.iqm(steps) for *_, steps, _ in found if math.isfinite(report.iqm(steps)))
+def best(cells, algo):
+    """The algorithm's cell with the fewest env steps to convergence. Raises ValueError where it has none."""
+    return min((cell for cell in cells if cell.algo == algo), key=lambda cell: report.iqm(cell.env_steps))
+
+
+def draw(panel, env, cells):
+    """Env steps to convergence against M β + δ, one mark a cell; cells that never converge lie on the upper line."""
+    middles = [report.iqm(cell.env_steps) for cell in cells]
+    limit = 1.15 * max(middle for middle in middles if math.isfinite(middle))
     for algo, (colour, marker, fill) in LOOKS.items():
-        own = sorted((TASKS * beta + delta, steps) for a, beta, delta, steps, _ in found if a == algo)
-        x = np.array([total for total, _ in own])
-        middle = np.array([report.iqm(steps) for _, steps in own])
-        low, high = (np.minimum(y, limit) for y in zip(*(report.interval(steps) for _, steps in own), strict=True))
+        points = sorted((TASKS * cell.beta + cell.delta, cell.env_steps) for cell in cells if cell.algo == algo)
+        x = np.array([total for total, _ in points])
+        middle = np.array([report.iqm(env_steps) for _, env_steps in points])
+        intervals = [report.interval(env_steps) for _, env_steps in points]
+        low, high = (np.minimum(y, limit) for y in zip(*intervals, strict=True))
         reached = np.isfinite(middle)
         look = {"color": colour, "marker": marker, "fillstyle": fill, "linestyle": "none", "label": algo}
         bars = np.stack([middle - low, high - middle])[:, reached]
@@ -49,7 +70,7 @@ def draw(panel, env, found):
     panel.grid(alpha=0.3)
 
 
-def main():
+def main(grid=GRID):
     import matplotlib
 
     matplotlib.use("agg")
@@ -57,16 +78,18 @@ def main():
 
     figure, panels = plt.subplots(1, len(ENVS), figsize=(15, 5), layout="constrained")
     for panel, env in zip(panels, ENVS, strict=True):
-        found = cells(env)
-        draw(panel, env, found)
+        cells = grid_cells(grid / env)
+        draw(panel, env, cells)
         for algo in LOOKS:
-            _, beta, delta, steps, epochs = min((x for x in found if x[0] == algo), key=lambda x: report.iqm(x[3]))
-            print(f"{env}, {algo}: β {beta:g}, δ {delta:g}: {report.with_interval(steps, report.thousands)} env steps, "
-                  f"{report.with_interval(epochs)} epochs")  # fmt: skip
+            cell = best(cells, algo)
+            print(f"{env}, {algo}: β {cell.beta:g}, δ {cell.delta:g}: "
+                  f"{report.with_interval(cell.env_steps, report.thousands)} env steps, "
+                  f"{report.with_interval(cell.epochs)} epochs")  # fmt: skip
     panels[0].set_ylabel("env steps to convergence")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle("Every cell of the two grids, 5 seeds: interquartile mean, 95% bootstrap interval")
-    report.save_figure(figure, GRID / "steps.png")
+    figure.savefig(grid / "steps.png", dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

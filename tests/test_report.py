@@ -3,17 +3,11 @@
 import builtins
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import report
-from results import steps
 
 
 def test_iqm_is_the_mean_without_the_outer_quarters():
@@ -43,9 +37,6 @@ def test_numbers_of_env_steps_are_short():
     assert [report.thousands(x) for x in (3, 999.4, 999.6, 1234, 999_600, 3_984_000)] == [
         "3", "999", "1k", "1.23k", "1M", "3.98M",
     ]  # fmt: skip
-
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
@@ -165,98 +156,19 @@ def test_the_probability_of_improvement_by_hand():
     assert report.improvement([1, 2], [math.inf, 3]) == "1.00 [1.00, 1.00]"
 
 
-def test_the_table_is_made_of_summary_csv_alone_and_other_files_are_filled_from_it(experiment):
+def test_the_tables_are_made_of_summary_csv_alone(experiment):
     report.write(experiment)
     numbers = report.read_summary((experiment / "summary.csv").read_text())
     for table in report.tables(numbers):
         assert table in (experiment / "report.md").read_text()
-    page = experiment.parent / "page.md"
-    wanted = {"columns": ["converged", "epochs to convergence"], "lines": {"ours": "toy-pg/directed-maml"}}
-    marker = f"<!-- report {json.dumps(wanted)} -->"
-    page.write_text(f"before\n\n{marker}\n| stale |\n| --- |\nafter\n")
-    report.fill(page)
-    head = "| algorithm | converged | epochs to convergence |\n| --- | --- | --- |\n"
-    assert page.read_text() == f"before\n\n{marker}\n\n{head}| ours | 3/3 | 2 [2, 2] |\n\nafter\n"
 
 
-def test_the_command_writes_folders_fills_pages_and_says_in_one_line_what_it_cannot(experiment, capsys):
+def test_the_command_writes_reports_and_says_in_one_line_what_is_not_a_folder(experiment, capsys):
     report.main([str(experiment)])
     assert "report.md" in capsys.readouterr().out
-    page = experiment.parent / "page.md"
-    line = {"columns": ["runs"], "lines": {"ours": "toy-pg/unknown"}}
-    page.write_text(f"<!-- report {json.dumps(line)} -->\n")
-    for name, says in ((page, "unknown"), (experiment / "x", "neither"), (experiment / "x.md", "No such file")):
-        with pytest.raises(SystemExit) as stop:
-            report.main([str(name)])
-        assert str(stop.value).startswith(f"report.py: {name}: ") and says in str(stop.value)
-        assert "\n" not in str(stop.value)
-
-
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "results" / "README.md"]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_the_tables_of_this_repository_are_what_report_makes_of_its_results(page, tmp_path):
-    shutil.copytree(REPOSITORY / "results", tmp_path / "results")
-    copied = shutil.copy(page, tmp_path / page.relative_to(REPOSITORY))
-    report.fill(copied)
-    assert Path(copied).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
-
-
-def test_every_report_of_this_repository_is_what_its_summary_says():
-    summaries = sorted((REPOSITORY / "results").glob("*/summary.csv"))
-    assert summaries
-    for path in summaries:
-        numbers = report.read_summary(path.read_text(encoding="utf-8"))
-        for table in report.tables(numbers):
-            assert table in path.with_name("report.md").read_text(encoding="utf-8"), path
-
-
-STAND_IN = """#!/bin/sh
-[ "$1" = -c ] && exec {python} "$@"
-[ "$1" = run.py ] || exit 0
-while [ "$1" != --out ]; do shift; done
-mkdir -p "$2/x"
-cd "$2/x" && touch report.md summary.csv curves.csv curves.png adaptation.png
-"""
-
-
-def test_run_all_makes_every_folder_of_results_and_no_other(tmp_path):
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(STAND_IN.format(python=sys.executable))
-    python.chmod(0o755)
-    (tmp_path / "results").mkdir()
-    script = shutil.copy(REPOSITORY / "results" / "run_all.sh", tmp_path / "results")
-    paths = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(["bash", script], check=True, env=os.environ | {"PATH": paths}, capture_output=True)
-    made, kept = (
-        {str(path.parent.relative_to(root)) for path in (root / "results").glob("**/summary.csv")}
-        for root in (tmp_path, REPOSITORY)
-    )
-    assert made == kept
-    wrong = subprocess.run(["bash", script, "unknown"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("run_all.sh: no experiment is called unknown")
-
-
-@pytest.mark.parametrize("env", ["cartpole", "crossing", "point"])
-def test_the_grids_are_complete(env):
-    """12 βs without, 5 βs by 3 δs with the δ-step, 5 seeds of each."""
-    cells = steps.cells(env)
-    assert [sum(cell[0] == algo for cell in cells) for algo in ("fomaml", "directed-fomaml")] == [12, 15]
-    assert all(len(runs) == 5 for *_, runs, _ in cells)
-
-
-def test_the_best_cells_of_the_grids_are_those_that_were_run_again(monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(path))
-    steps.main()
-    best = [line.split(" env steps")[0].rsplit(": ", 1)[0] for line in capsys.readouterr().out.splitlines()]
-    assert [line.split(": ", 1)[1] for line in best] == [
-        "β 0.0056, δ 0", "β 0.004, δ 0.005", "β 0.004, δ 0", "β 0.004, δ 0.005", "β 0.008, δ 0", "β 0.008, δ 0.01",
-    ]  # fmt: skip
-    assert drawn == [steps.GRID / "steps.png"]
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(experiment / "x")])
+    assert str(stop.value) == f"report.py: {experiment / 'x'}: ValueError: not a folder"
 
 
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])

@@ -1,0 +1,99 @@
+"""Fill the tables of Markdown files from summary.csv files.
+
+From the repository's root: `python -m results.fill README.md results/README.md`. With --check nothing is written: the
+command exits with code 1 and names the files whose tables are out of date.
+
+A table stands below a comment that names its columns and its lines. A line is {name: folder/label}; the folder is
+relative to the Markdown file and holds a summary.csv, the label is one of that file's labels:
+
+<!-- report {"columns": ["epochs to convergence"], "lines": {"fomaml": "cartpole-pg/fomaml"}} -->
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import report
+
+# The comment, then the table below it if there is one, with the empty lines around it.
+MARKED_TABLE = re.compile(r"(<!-- report (.*) -->)\n*(?:\|.*\n)*\n*")
+
+
+def read_summary(folder):
+    """{label: {column: values of its runs}} of folder/summary.csv."""
+    return report.read_summary((folder / "summary.csv").read_text(encoding="utf-8"))
+
+
+def report_tables(folder):
+    """The Markdown tables that folder/report.md should hold."""
+    return report.tables(read_summary(folder))
+
+
+def table(columns, lines, root):
+    """The Markdown table with these columns; lines: {name: folder/label}, folders relative to root.
+
+    Raises ValueError naming an unknown label or column.
+    """
+    rows = []
+    for name, place in lines.items():
+        folder, label = place.rsplit("/", 1)
+        labels = read_summary(root / folder)
+        if label not in labels:
+            raise ValueError(f"{folder}/summary.csv has no label {label!r}; it has {', '.join(labels)}")
+        cells = report.cells(name, label, labels)
+        if unknown := [column for column in columns if column not in cells]:
+            raise ValueError(f"unknown column {unknown[0]!r}; there are {', '.join(cells)}")
+        rows.append({column: cells[column] for column in ("algorithm", *columns)})
+    return report.markdown(rows)
+
+
+def filled(path):
+    """The Markdown file's text with up-to-date tables. Raises ValueError where a comment cannot be read."""
+
+    def replace(match):
+        try:
+            wanted = json.loads(match[2])
+            columns, lines = wanted["columns"], wanted["lines"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'expected {{"columns": [..], "lines": {{..}}}} in {match[1][:60]} ..') from error
+        # The empty line at the end keeps the next paragraph from becoming a row of the table.
+        return f"{match[1]}\n\n{table(columns, lines, path.parent)}\n\n"
+
+    return MARKED_TABLE.sub(replace, path.read_text(encoding="utf-8"))
+
+
+def is_filled(path):
+    """Whether the file's tables are up to date."""
+    path = Path(path)
+    return filled(path) == path.read_text(encoding="utf-8")
+
+
+def fill(path):
+    """Rewrite the Markdown file with up-to-date tables."""
+    path = Path(path)
+    path.write_text(filled(path), encoding="utf-8")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m results.fill", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", metavar="FILE.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    args = parser.parse_args(arguments)
+    out_of_date = False
+    for name in args.files:
+        try:
+            if not args.check:
+                fill(name)
+            elif not is_filled(name):
+                out_of_date = True
+                print(f"{name}: its tables are out of date; run python -m results.fill {name}", file=sys.stderr)
+        except (OSError, ValueError) as error:
+            sys.exit(f"results.fill: {name}: {error}")
+    if out_of_date:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
