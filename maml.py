@@ -33,9 +33,10 @@ def adapt(theta, task_loss, alpha, inner_steps=1, second_order=True):
     """The inner loop for every task at once: θ'ᵢ = θ − α ∇L_Tᵢ(θ)  (Eq. 2a; L = −J), `inner_steps` times.
 
     theta: dict of tensors (S, M, ...), from `expand`; task_loss: params -> losses (S, M).
-    alpha: a number, or a dict of tensors that broadcast against theta's (Meta-SGD).
+    alpha: a number, a tensor (S, 1), one for each run, or a dict of tensors that broadcast against theta's (Meta-SGD).
     second_order: keep the step in the graph, so that a gradient through θ' sees ∇²L; False detaches it (FOMAML).
-    Returns θ' (S, M, ...). Raises ValueError where a parameter does not start with the loss's shape: tasks would mix.
+    Returns θ' (S, M, ...). Raises ValueError where a parameter does not start with the loss's shape: tasks would mix,
+    and where an alpha for each run has another shape.
     """
     adapted = theta
     for _ in range(inner_steps):
@@ -48,17 +49,31 @@ def adapt(theta, task_loss, alpha, inner_steps=1, second_order=True):
                 )
         gradients = torch.autograd.grad(loss.sum(), list(adapted.values()), create_graph=second_order)
         adapted = {
-            name: p - (alpha[name] if isinstance(alpha, dict) else alpha) * gradient
+            name: p - step_size(alpha, name, p) * gradient
             for (name, p), gradient in zip(adapted.items(), gradients, strict=True)
         }
     return adapted
+
+
+def step_size(alpha, name, p):
+    """What multiplies the gradient of the parameter p (S, M, ...): alpha in a shape that broadcasts against p."""
+    if isinstance(alpha, dict):
+        return alpha[name]
+    if not isinstance(alpha, torch.Tensor) or alpha.dim() == 0:
+        return alpha
+    if alpha.shape != (p.shape[0], 1):
+        raise ValueError(
+            f"alpha is a tensor of shape {tuple(alpha.shape)} for {p.shape[0]} runs; expected a number, a tensor "
+            f"({p.shape[0]}, 1), one for each run, e.g. torch.tensor([0.001, 0.01])[:, None], or a dict of tensors"
+        )
+    return alpha.to(p).reshape(-1, *[1] * (p.dim() - 1))  # (S, 1, ...)
 
 
 def maml(theta, task_loss, alpha, num_tasks, inner_steps=1, second_order=True):
     """The meta-gradient Σᵢ ∇_θ L_Tᵢ(θ'ᵢ)  (Eq. 2b), on data resampled under θ'ᵢ; fills `.grad` of theta.
 
     theta: dict of leaves (S, 1, ...). second_order=False takes ∇_θ' instead of ∇_θ: FOMAML (Nichol et al. 2018).
-    alpha: a number, or a dict of leaves (S, 1, ...), which get their meta-gradient too: Meta-SGD (Li et al. 2017).
+    alpha: as in `adapt`; a dict of leaves (S, 1, ...) gets its meta-gradient too: Meta-SGD (Li et al. 2017).
     """
     adapted = adapt(expand(theta, num_tasks), task_loss, alpha, inner_steps, second_order)
     loss = task_loss(adapted)  # (S, M)
@@ -78,8 +93,8 @@ def reptile(theta, task_loss, alpha, num_tasks, inner_steps=5):
 
 
 def learned_alpha(theta, alpha):
-    """Meta-SGD's α: one learned step size per parameter, all equal to the number `alpha` at first."""
-    return {name: torch.full_like(p, alpha, requires_grad=True) for name, p in theta.items()}
+    """Meta-SGD's α: one learned step size per parameter, all equal to `alpha` at first: a number or a tensor (S, 1)."""
+    return {name: (torch.ones_like(p) * step_size(alpha, name, p)).requires_grad_() for name, p in theta.items()}
 
 
 META_LEARNERS = {

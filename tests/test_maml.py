@@ -51,13 +51,13 @@ def test_sgd_with_beta_is_equation_2b_and_reptile_interpolates():
         torch.testing.assert_close(theta["x"].detach(), expected)
 
 
-def regression(seed=0):
+def regression(seed=0, dtype=torch.float64):
     """A smooth non-quadratic loss: a small tanh network per run on M tasks of fixed data; two parameters."""
     g = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(S, M, 5, 2, generator=g, dtype=torch.float64) for _ in range(2))
+    x, y = (torch.randn(S, M, 5, 2, generator=g, dtype=dtype) for _ in range(2))
     theta = {
-        "w": torch.randn(S, 1, 2, 3, generator=g, dtype=torch.float64).requires_grad_(),
-        "v": torch.randn(S, 1, 3, 2, generator=g, dtype=torch.float64).requires_grad_(),
+        "w": torch.randn(S, 1, 2, 3, generator=g, dtype=dtype).requires_grad_(),
+        "v": torch.randn(S, 1, 3, 2, generator=g, dtype=dtype).requires_grad_(),
     }
     return theta, lambda params: (((x @ params["w"]).tanh() @ params["v"] - y) ** 2).mean((2, 3))
 
@@ -119,6 +119,40 @@ def test_batched_runs_and_tasks_equal_a_plain_loop_over_them(name):
         for key, p in theta.items():
             expected = total[key] / (M if name == "reptile" else 1)
             torch.testing.assert_close(p.grad[s : s + 1], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", META_LEARNERS)
+def test_alpha_of_each_run_gives_the_bits_that_its_number_gives_alone(name, dtype):
+    numbers = [0.1, 0.003]  # neither is exact in float32 or float64
+    theta, task_loss = regression(dtype=dtype)
+    alpha = torch.tensor(numbers, dtype=torch.float64)[:, None]  # (S, 1)
+    META_LEARNERS[name](theta, task_loss, learned_alpha(theta, alpha) if name == "meta-sgd" else alpha, M, 2)
+    for s, number in enumerate(numbers):
+        expected, _ = regression(dtype=dtype)
+        step_sizes = learned_alpha(expected, number) if name == "meta-sgd" else number
+        META_LEARNERS[name](expected, task_loss, step_sizes, M, 2)
+        for key in theta:
+            assert theta[key].grad.dtype == dtype and torch.equal(theta[key].grad[s], expected[key].grad[s])
+    assert not torch.equal(theta["w"].grad[0], expected["w"].grad[0])  # the runs' numbers do differ
+
+
+def test_learned_alpha_starts_at_the_number_of_its_run_and_is_a_leaf():
+    theta, _ = regression(dtype=torch.float32)
+    for alpha, numbers in ((0.1, [0.1, 0.1]), (torch.tensor([[0.1], [0.003]], dtype=torch.float64), [0.1, 0.003])):
+        for key, learned in learned_alpha(theta, alpha).items():
+            assert learned.is_leaf and learned.requires_grad and learned.shape == theta[key].shape
+            for s, number in enumerate(numbers):
+                assert torch.equal(learned[s], torch.full_like(theta[key][s], number))
+
+
+@pytest.mark.parametrize("shape", [(S,), (1, S), (S + 1, 1), (S, M), (S, 1, 1)])
+def test_an_alpha_for_each_run_of_another_shape_is_refused(shape):
+    theta, task_loss = regression()
+    with pytest.raises(ValueError, match=r"alpha is a tensor of shape \(.* for 2 runs; expected a number.*\(2, 1\)"):
+        maml(theta, task_loss, torch.full(shape, ALPHA), M)
+    with pytest.raises(ValueError, match="alpha is a tensor of shape"):
+        learned_alpha(theta, torch.full(shape, ALPHA))
 
 
 def test_task_loss_is_asked_anew_before_every_step_and_once_for_the_query():
