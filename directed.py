@@ -9,22 +9,49 @@ import torch
 def directed(meta_learner, delta):
     """Put the δ-step θ ← θ − δ ∇L_med(θ)  (Algorithm 1, line 5; L = −J) before `meta_learner`, which stays as it is.
 
-    meta_learner: any function (theta, ...) that fills `.grad` of theta's leaves, e.g. those of maml.py.
+    meta_learner: any function (theta, task_loss, ...) that fills `.grad` of theta's leaves, e.g. those of maml.py.
     delta: step size δ ≥ 0, a number or a tensor (S,): one for each run.
-    Returns a function (theta, medium_loss, ...): theta a dict of leaves (S, 1, ...), medium_loss: params -> (S, 1),
-    and everything else is handed to `meta_learner`. The step is in place: optimisers keep their leaves and state.
-    Raises ValueError where δ is negative or not finite.
+    Returns a function (theta, medium_loss, task_loss, ...): theta a dict of leaves (S, 1, ...), medium_loss:
+    params -> (S, 1), and the rest is handed to `meta_learner`. The step is in place: optimisers keep leaves and state.
+    Raises ValueError, and leaves θ as it was, where δ is negative, not finite or not one for each run, a parameter has
+    no gradient, or the medium loss is missing or not (S, 1).
     """
     delta = torch.as_tensor(delta, dtype=torch.float64)
     if delta.dim() > 1 or not ((delta >= 0) & delta.isfinite()).all():
         raise ValueError(f"directed: delta is {delta.tolist()}; expected a finite number >= 0, or one for each run")
 
-    def directed_meta_learner(theta, medium_loss, *args, **kwargs):
-        gradients = torch.autograd.grad(medium_loss(theta).sum(), list(theta.values()))
+    def directed_meta_learner(theta, medium_loss, task_loss=None, *args, **kwargs):
+        if not callable(task_loss):
+            raise ValueError(
+                f"directed: task_loss is {task_loss!r}, not a function; expected (theta, medium_loss, task_loss, ...): "
+                "the medium task's loss comes first"
+            )
+        gradients = medium_gradients(theta, medium_loss)
+        if delta.numel() not in (1, len(gradients[0])):
+            raise ValueError(
+                f"directed: delta is {delta.tolist()} for {len(gradients[0])} runs; expected a number, or one for each"
+            )
         with torch.no_grad():
             for p, gradient in zip(theta.values(), gradients, strict=True):
                 step_size = delta.to(p).reshape(-1, *[1] * (p.dim() - 1))  # (S, 1, ...) or (1, 1, ...)
                 p -= step_size * gradient
-        return meta_learner(theta, *args, **kwargs)
+        return meta_learner(theta, task_loss, *args, **kwargs)
 
     return directed_meta_learner
+
+
+def medium_gradients(theta, medium_loss):
+    """∇L_med(θ), a tensor (S, 1, ...) for each parameter. Raises ValueError where a shape is not (S, 1, ...)."""
+    for name, p in theta.items():
+        if not p.requires_grad:
+            raise ValueError(
+                f"directed: parameter {name!r} has requires_grad=False; make it a leaf by requires_grad_()"
+            )
+    loss = medium_loss(theta)
+    for name, p in theta.items():
+        if loss.dim() != 2 or loss.shape[1] != 1 or p.shape[:2] != loss.shape:
+            raise ValueError(
+                f"directed: the medium loss has shape {tuple(loss.shape)} and parameter {name!r} {tuple(p.shape)}; "
+                "expected a loss (S, 1), one number a run, and parameters (S, 1, ...)"
+            )
+    return torch.autograd.grad(loss.sum(), list(theta.values()))

@@ -25,7 +25,16 @@ import torch
 
 
 def expand(theta, num_tasks):
-    """θ (S, 1, ...) seen once per task: (S, M, ...), a view through which gradients sum over the tasks."""
+    """θ (S, 1, ...) seen once per task: (S, M, ...), a view through which gradients sum over the tasks.
+
+    Raises ValueError where a parameter has no axes (S, 1) in front.
+    """
+    for name, p in theta.items():
+        if p.dim() < 2 or p.shape[1] != 1:
+            raise ValueError(
+                f"expand: parameter {name!r} has shape {tuple(p.shape)}; expected (S, 1, ...), S runs: stack their "
+                "parameters and add the axis of the tasks, torch.stack([...])[:, None], or p[None, None] for one run"
+            )
     return {name: p.expand(-1, num_tasks, *p.shape[2:]) for name, p in theta.items()}
 
 
@@ -35,24 +44,45 @@ def adapt(theta, task_loss, alpha, inner_steps=1, second_order=True):
     theta: dict of tensors (S, M, ...), from `expand`; task_loss: params -> losses (S, M).
     alpha: a number, a tensor (S, 1), one for each run, or a dict of tensors that broadcast against theta's (Meta-SGD).
     second_order: keep the step in the graph, so that a gradient through θ' sees ∇²L; False detaches it (FOMAML).
-    Returns θ' (S, M, ...). Raises ValueError where a parameter does not start with the loss's shape: tasks would mix,
-    and where an alpha for each run has another shape.
+    inner_steps: 0 or more, each on data that task_loss draws anew; 0 returns theta itself.
+    Returns θ' (S, M, ...). Raises ValueError where tasks would mix (see `loss_per_task`), or alpha or inner_steps is
+    none of these.
     """
+    if inner_steps < 0 or inner_steps != int(inner_steps):
+        raise ValueError(f"adapt: inner_steps is {inner_steps}; expected a whole number >= 0 (0: no adaptation)")
     adapted = theta
-    for _ in range(inner_steps):
-        loss = task_loss(adapted)  # (S, M)
-        for name, p in adapted.items():
-            if loss.dim() != 2 or p.shape[:2] != loss.shape:
-                raise ValueError(
-                    f"adapt: parameter {name!r} has shape {tuple(p.shape)} and the loss {tuple(loss.shape)}; expected "
-                    "a loss (S, M) and parameters (S, M, ...): expand them first with expand(theta, num_tasks)"
-                )
+    for _ in range(int(inner_steps)):
+        loss = loss_per_task(task_loss, adapted)
         gradients = torch.autograd.grad(loss.sum(), list(adapted.values()), create_graph=second_order)
         adapted = {
             name: p - step_size(alpha, name, p) * gradient
             for (name, p), gradient in zip(adapted.items(), gradients, strict=True)
         }
     return adapted
+
+
+def loss_per_task(task_loss, params):
+    """task_loss(params), (S, M), of parameters (S, M, ...).
+
+    Raises ValueError where a parameter or the loss has no gradient, or where a parameter does not start with the loss's
+    shape: tasks would mix.
+    """
+    for name, p in params.items():
+        if not p.requires_grad:
+            raise ValueError(
+                f"parameter {name!r} has requires_grad=False; expected leaves made with requires_grad_(): "
+                "keep frozen parameters out of theta"
+            )
+    loss = task_loss(params)
+    for name, p in params.items():
+        if loss.dim() != 2 or p.shape[:2] != loss.shape:
+            raise ValueError(
+                f"parameter {name!r} has shape {tuple(p.shape)} and the loss {tuple(loss.shape)}; expected a loss "
+                "(S, M), one number a task, and parameters (S, M, ...): expand them first with expand(theta, num_tasks)"
+            )
+    if not loss.requires_grad:
+        raise ValueError("the loss has no gradient; expected one computed from the parameters, outside of no_grad()")
+    return loss
 
 
 def step_size(alpha, name, p):
@@ -74,19 +104,23 @@ def maml(theta, task_loss, alpha, num_tasks, inner_steps=1, second_order=True):
 
     theta: dict of leaves (S, 1, ...). second_order=False takes ∇_θ' instead of ∇_θ: FOMAML (Nichol et al. 2018).
     alpha: as in `adapt`; a dict of leaves (S, 1, ...) gets its meta-gradient too: Meta-SGD (Li et al. 2017).
+    inner_steps=0 is joint training, Σᵢ ∇ L_Tᵢ(θ): no adaptation, and task_loss is called once.
     """
     adapted = adapt(expand(theta, num_tasks), task_loss, alpha, inner_steps, second_order)
-    loss = task_loss(adapted)  # (S, M)
+    loss = loss_per_task(task_loss, adapted)
     learned = [*theta.values(), *(alpha.values() if isinstance(alpha, dict) else ())]
-    for p, gradient in zip(learned, torch.autograd.grad(loss.sum(), learned), strict=True):
+    gradients = torch.autograd.grad(loss.sum(), learned, materialize_grads=inner_steps == 0)  # then that of α is 0
+    for p, gradient in zip(learned, gradients, strict=True):
         p.grad = gradient
 
 
 def reptile(theta, task_loss, alpha, num_tasks, inner_steps=5):
     """The Reptile direction θ − meanᵢ θ'ᵢ (Nichol et al. 2018), no query batch; fills `.grad` of theta.
 
-    An SGD step of size ε then is θ ← θ + ε meanᵢ(θ'ᵢ − θ).
+    An SGD step of size ε then is θ ← θ + ε meanᵢ(θ'ᵢ − θ). Raises ValueError for inner_steps=0: θ would not move.
     """
+    if inner_steps == 0:
+        raise ValueError("reptile: inner_steps is 0, and it moves by inner steps alone; use maml for joint training")
     adapted = adapt(expand(theta, num_tasks), task_loss, alpha, inner_steps, second_order=False)
     for name, p in theta.items():
         p.grad = (p - adapted[name].mean(dim=1, keepdim=True)).detach()

@@ -31,7 +31,7 @@ USES = {
     "directed.py": """
         from directed import directed
         theta = {"x": torch.ones(1, 1, requires_grad=True)}
-        directed(lambda theta: None, 0.25)(theta, lambda params: params["x"].square())
+        directed(lambda theta, task_loss: None, 0.25)(theta, lambda params: params["x"].square(), lambda params: None)
         torch.testing.assert_close(theta["x"].detach(), torch.tensor([[0.5]]))  # 1 − 0.25·2
     """,
 }

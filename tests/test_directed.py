@@ -81,6 +81,53 @@ def test_a_delta_that_makes_no_sense_is_refused(delta):
         directed(maml, delta)
 
 
+@pytest.mark.parametrize("arguments", [(ALPHA, M), (), (None, ALPHA, M)])
+def test_a_forgotten_medium_loss_is_refused(arguments):
+    theta, task_loss = regression()
+    before = {key: p.detach().clone() for key, p in theta.items()}
+    with pytest.raises(ValueError, match=r"directed: task_loss is .*expected \(theta, medium_loss, task_loss, ...\)"):
+        directed(maml, 0.1)(theta, task_loss, *arguments)
+    with pytest.raises(ValueError, match="directed: task_loss is None"):
+        directed(maml, 0.1)(theta, task_loss, alpha=ALPHA, num_tasks=M)
+    assert all(torch.equal(p, before[key]) and p.grad is None for key, p in theta.items())
+
+
+WRONG_CALLS = {
+    "delta (3,) for 2 runs": ([0.1, 0.2, 0.3], {}, r"delta is \[0.1, 0.2, 0.3\] for 2 runs; expected a number"),
+    "a loss for each task": (0.1, {"medium": lambda loss: loss.expand(S, M)}, r"the medium loss has shape \(2, 3\)"),
+    "a loss for each run": (0.1, {"medium": lambda loss: loss[:, 0]}, r"the medium loss has shape \(2,\)"),
+    "a loss for all": (
+        0.1,
+        {"medium": lambda loss: loss.sum()},
+        r"the medium loss has shape \(\).*expected a loss \(S, 1\)",
+    ),
+    "frozen": (0.1, {"w": lambda p: p.detach()}, "parameter 'w' has requires_grad=False; make it a leaf"),
+    "expanded": (0.1, {"w": lambda p: p.expand(-1, M, 2, 3)}, r"parameter 'w' \(2, 3, 2, 3\)"),
+}
+
+
+@pytest.mark.parametrize("delta, changes, message", WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_a_mistaken_call_is_one_clear_error_and_theta_stays(delta, changes, message):
+    theta, task_loss = regression()
+    theta["w"] = changes.get("w", lambda p: p)(theta["w"])
+    before = {key: p.detach().clone() for key, p in theta.items()}
+    right_loss, change = medium_of(), changes.get("medium", lambda loss: loss)
+    with pytest.raises(ValueError, match="directed: .*" + message):
+        directed(maml, delta)(theta, lambda params: change(right_loss(with_w_per_run(params))), task_loss, ALPHA, M)
+    assert all(torch.equal(p, before[key]) and p.grad is None for key, p in theta.items() if p.is_leaf)
+
+
+def with_w_per_run(params):
+    """The parameters that the medium loss can be computed from, also where w was expanded by mistake."""
+    return {key: p[:, :1] for key, p in params.items()}
+
+
+def test_one_run_refuses_several_deltas():
+    theta = {"x": torch.ones(1, 1, requires_grad=True)}
+    with pytest.raises(ValueError, match=r"directed: delta is \[0.1, 0.2\] for 1 runs"):
+        directed(maml, [0.1, 0.2])(theta, lambda params: params["x"] ** 2, lambda params: params["x"] ** 2, ALPHA, 1)
+
+
 def test_sinusoid_regression_with_the_mean_amplitude_and_phase_as_medium_task():
     torch.manual_seed(0)
     theta, sinusoids = sinusoid_problem()

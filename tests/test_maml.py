@@ -171,12 +171,93 @@ def test_task_loss_is_asked_anew_before_every_step_and_once_for_the_query():
     assert len(calls) == 2
 
 
-def test_adapt_refuses_parameters_that_would_mix_tasks():
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("learned", [False, True])
+def test_no_inner_steps_is_joint_training_with_one_loss(second_order, learned):
+    a, c, x, task_loss = quadratics()
+    calls = []
+
+    def counting(params):
+        calls.append(params)
+        return task_loss(params)
+
+    theta = {"x": x.clone().requires_grad_()}
+    alpha = learned_alpha(theta, ALPHA) if learned else ALPHA
+    assert adapt(theta, counting, alpha, inner_steps=0) is theta and not calls
+    maml(theta, counting, alpha, M, inner_steps=0, second_order=second_order)
+    torch.testing.assert_close(theta["x"].grad, (a * (x - c)).sum(1, keepdim=True))  # Σᵢ d/dθ ½aᵢ(θ − cᵢ)²
+    assert len(calls) == 1
+    if learned:
+        assert torch.equal(alpha["x"].grad, torch.zeros_like(x))  # no step was taken with it
+
+
+@pytest.mark.parametrize("inner_steps", [-1, 0.5])
+def test_a_number_of_inner_steps_that_makes_no_sense_is_refused(inner_steps):
     theta, task_loss = regression()
-    with pytest.raises(ValueError, match=r"'w' has shape \(2, 1, 2, 3\) and the loss \(2, 3\)"):
+    for learner in (maml, reptile):
+        with pytest.raises(ValueError, match=f"inner_steps is {inner_steps}; expected a whole number >= 0"):
+            learner(theta, task_loss, ALPHA, M, inner_steps=inner_steps)
+    with pytest.raises(ValueError, match="reptile: inner_steps is 0"):
+        reptile(theta, task_loss, ALPHA, M, inner_steps=0)
+
+
+def test_parameters_that_were_not_expanded_are_refused():
+    theta, task_loss = regression()
+    with pytest.raises(ValueError, match=r"'w' has shape \(2, 1, 2, 3\) and the loss \(2, 3\).*expand them first"):
         adapt(theta, task_loss, ALPHA)
-    with pytest.raises(ValueError, match="expected a loss"):
-        adapt(expand(theta, M), lambda params: task_loss(params).sum(1), ALPHA)
+    one_run_less = {"v": theta["v"], "w": theta["w"][:1]}
+    with pytest.raises(ValueError, match=r"'w' has shape \(1, 3, 2, 3\) and the loss \(2, 3\)"):
+        maml(one_run_less, task_loss, ALPHA, M)
+
+
+@pytest.mark.parametrize("leaf", [torch.ones(()), torch.ones(S), torch.ones(S, 3), torch.ones(S, M, 2, 3)])
+def test_theta_without_the_axes_of_runs_and_tasks_is_refused(leaf):
+    theta, task_loss = regression()
+    theta["w"] = leaf.requires_grad_()
+    for learner in (maml, reptile):
+        with pytest.raises(ValueError, match=r"'w' has shape \(.*; expected \(S, 1, ...\)"):
+            learner(theta, task_loss, ALPHA, M)
+
+
+@pytest.mark.parametrize("inner_steps", [0, 1])
+def test_a_parameter_without_requires_grad_is_refused(inner_steps):
+    theta, task_loss = regression()
+    theta["v"] = theta["v"].detach()
+    with pytest.raises(ValueError, match="'v' has requires_grad=False; expected leaves made with requires_grad_"):
+        maml(theta, task_loss, ALPHA, M, inner_steps)
+    theta, _ = regression()
+
+
+def test_a_loss_without_a_gradient_is_refused():
+    theta, task_loss = regression()
+    with torch.no_grad(), pytest.raises(ValueError, match="the loss has no gradient; .*outside of no_grad"):
+        adapt(expand(theta, M), task_loss, ALPHA)
+    with pytest.raises(ValueError, match="the loss has no gradient"):
+        maml(theta, lambda params: task_loss(params).detach(), ALPHA, M, inner_steps=0)
+
+
+WRONG_SHAPES = {
+    "one number for all": lambda loss: loss.mean(),
+    "one number a run": lambda loss: loss.sum(1),
+    "one number a run, axis kept": lambda loss: loss.sum(1, keepdim=True),
+    "tasks before runs": lambda loss: loss.T,
+    "an axis of data left": lambda loss: loss[..., None],
+}
+
+
+@pytest.mark.parametrize("reduce", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
+def test_a_loss_of_another_shape_than_runs_by_tasks_is_refused_at_every_call(reduce):
+    theta, task_loss = regression()
+    for wrong_call in (1, 2, 3):  # two inner steps and the query
+        calls = iter(range(1, 4))
+
+        def mistaken(params, calls=calls, wrong_call=wrong_call):
+            return reduce(task_loss(params)) if next(calls) == wrong_call else task_loss(params)
+
+        with pytest.raises(ValueError, match=r"'w' has shape \(2, 3, 2, 3\) and the loss \(.*expected a loss \(S, M\)"):
+            maml(theta, mistaken, ALPHA, M, inner_steps=2)
+        assert next(calls, None) == (wrong_call + 1 if wrong_call < 3 else None)  # none is asked after it
+        assert theta["w"].grad is None
 
 
 def test_sinusoid_regression_adapts_in_one_step():
