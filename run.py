@@ -461,7 +461,7 @@ SETTINGS = {
     "running": [
         Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
                 choices=("auto", "cpu", "cuda"), identity=False),
-        Setting("workers", "processes over which the runs, or the trajectories of a few, are shared out; 1: this one", "4",
+        Setting("workers", "processes that share the runs, or the trajectories of a few runs; 1: this one", "4",
                 number(int, 0, 1024), None,
                 "the number of cores", identity=False),
         Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
@@ -608,8 +608,8 @@ def plan(args, algo, env):
         if algo.endswith("meta-sgd") and args.beta_alpha is None:
             # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
             own["beta_alpha"] = own["alpha"] * own["beta"]
-        names = [f"{name}{own[name]:.12g}" for name in swept if len(swept[name]) > 1 and name not in ("delta", "seed")]
-        names += [f"delta{own['delta']:.12g}"] * (own["delta"] is not None) + [f"seed{own['seed']}"]
+        varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
+        names = [f"{x}{own[x]:.12g}" for x in varied]
         runs.append(Run(folder_of_all(args) / algo / "/".join(names), own, first_state(own, env)))
     return runs
 
