@@ -145,7 +145,7 @@ def crossing(phi, noise, xp):
         distance = xp.sqrt((state**2).sum(-1)) * CROSSING_UNIT
         reward = 1 - (speed / best_speed - 1) ** 2 - 2 * (1 - distance / safe_distance).clip(0)
         collided = distance < collision_distance
-        return state, reward - 10 * collided, collided, collided
+        return state, xp.where(collided, reward - 10, reward), collided, collided
 
     return start, step
 
