@@ -371,7 +371,7 @@ NEEDS = {
     "--watch RUN": lambda args, algo: args.watch is not None,
 }
 DIRECTED, META_SGD, ACTOR_CRITIC, WATCH = NEEDS
-count, size, step_size = number(int, 1), number(float, 0), number(float, 0, above=True)
+count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
     "task": [
