@@ -23,6 +23,7 @@ def tables(text):
 
 def test_every_configuration_has_its_row(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "in_fresh_processes", lambda function, *calls: [function(*call) for call in calls])
+    monkeypatch.setattr(measure, "WARM_UP", 0)
     words = ["--small", "--repeats", "1", "--env", "point", "--algo", "maml", "--part", "epoch", "reference"]
     benchmark.main([*words, "--out", str(tmp_path)])
     text = capsys.readouterr().out
