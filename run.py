@@ -36,6 +36,7 @@ import trained
 from checkpoints import Run, RunError
 from directed import directed
 
+NOTHING = contextlib.nullcontext()
 INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
@@ -64,53 +65,66 @@ def main(argv=None):
 
 
 def train_all(runs, env, args, ranks):
-    """Train all runs, those of one algorithm at the same epoch as one batch.
+    """Train all runs, in several processes where there are as many runs and cores, each with a share of the runs.
 
     Returns a line for each run that failed, and the signals that stopped the training, if any.
     """
-    device, epochs, failures, stopped = choose_device(args, env), args.epochs, [], []
+    device = choose_device(args, env)
     parallel.keep_memory()
-    torch.set_num_threads(args.threads)
-    head = policies.make_head(env.actions)
     with (
-        checkpoints.opened(runs, args.resume, args.overwrite, epochs) if ranks.rank == 0 else contextlib.nullcontext(),
+        checkpoints.opened(runs, args.resume, args.overwrite, args.epochs) if ranks.rank == 0 else NOTHING,
         parallel.caught_signals() as signals,
-        parallel.open_sampler(env, head, device, args.workers) as sample,
+        Progress(runs, args, ranks) as progress,
     ):
         states = ranks.object_from_first(lambda: [run.state for run in runs])
         for run, state in zip(runs, states, strict=True):
             run.state = state
-        for together in group(runs):
-            for run in together if ranks.rank == 0 else ():
-                begin(run, args, env, device, len(together))
-            batch = Batch(together, env, head, sample, device, ranks)
-            if not stopped:
-                failures += train(batch, epochs, args.eval_every, Progress(batch, epochs, args.quiet), signals, stopped)
-    return failures, stopped
+        processes = 1 if device == "cuda" or ranks.count > 1 else max(min(args.workers, len(runs)), 1)
+        samplers = args.workers // processes  # processes that step gymnasium's environments, for each that trains
+        work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
+        failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
+    return failures, signals
 
 
-def train(batch, epochs, eval_every, progress, signals, stopped):
-    """Train a batch to `epochs`, or until a signal. Returns a line for each run that failed."""
-    failures, saved = [], time.perf_counter()
-    with progress:
-        while batch.epoch < epochs:
-            start = time.perf_counter()
-            losses = train_epoch(batch)
-            finite = log_epoch(batch, losses, time.perf_counter() - start)
-            progress.update(batch)
-            if not all(finite):
-                failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
-                batch = batch.only(finite)
-                if batch is None:
-                    break
-            stopped += batch.ranks.any(signals)
-            if batch.epoch % eval_every == 0 or batch.epoch == epochs:
-                evaluate(batch)
-            if stopped or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                batch.save()
-                saved = time.perf_counter()
-            if stopped:
-                break
+def share_out(runs, processes):
+    """The runs as jobs for so many processes. A job is one batch: runs of one algorithm at the same epoch."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.settings["algo"], run.state["epoch"]].append(run)
+    parts = processes // math.gcd(
+        processes, len(groups)
+    )  # as few as give every process as many jobs: batches are faster
+    return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
+
+
+def train_together(runs, tell, args, env, device, samplers, ranks):
+    """Train runs as one batch to the command's epochs. Returns a line for each run that failed.
+
+    tell: a function of what there is to say of an epoch; returns the signals that ask to stop after it.
+    """
+    torch.set_num_threads(args.threads)
+    head = policies.make_head(env.actions)
+    for run in runs if ranks.rank == 0 else ():
+        begin(run, args, env, device, len(runs))
+    with parallel.open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample:
+        return train(Batch(runs, env, head, sample, device, ranks), args.epochs, args.eval_every, tell)
+
+
+def train(batch, epochs, eval_every, tell):
+    failures, stopping, saved = [], [], time.perf_counter()
+    while batch and batch.epoch < epochs and not stopping:
+        start = time.perf_counter()
+        losses = train_epoch(batch)
+        finite = log_epoch(batch, losses, time.perf_counter() - start)
+        stopping = batch.ranks.any(tell(batch.news()))
+        if not all(finite):
+            failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
+            batch = batch.only(finite)
+        if batch and (batch.epoch % eval_every == 0 or batch.epoch == epochs):
+            evaluate(batch)
+        if batch and (stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS):
+            batch.save()
+            saved = time.perf_counter()
     return failures
 
 
@@ -214,10 +228,10 @@ def evaluate(batch):
 
 def fail(batch, run):
     """Mark a run as failed; returns the line that says so."""
-    delta = "" if run.settings["delta"] is None else f", delta {run.settings['delta']:g}"
+    own = [f"{x} {run.settings[x]:g}" for x in ("seed", "alpha", "beta", "delta") if run.settings[x] is not None]
     line = (
-        f"{run.settings['algo']}, seed {run.settings['seed']}{delta}: a loss or parameter is not finite after epoch "
-        f"{batch.epoch}; try a smaller --beta, --alpha or --delta"
+        f"{run.settings['algo']}, {', '.join(own)}: a loss or parameter is not finite after epoch {batch.epoch}; "
+        "try a smaller --beta, --alpha or --delta"
     )
     if batch.ranks.rank == 0:
         checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
@@ -237,12 +251,14 @@ class Batch:
         stacked = checkpoints.stack([{key: run.state[key] for key in checkpoints.TENSORS} for run in runs], device)
         self.theta = {name: p.requires_grad_() for name, p in stacked["theta"].items()}
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
-        self.alpha = learned_alpha or self.settings["alpha"]
-        groups = [{"params": list(self.theta.values())}]
-        if learned_alpha:
-            groups.append({"params": list(learned_alpha.values()), "lr": self.settings["beta_alpha"]})
-        self.learned = [p for group in groups for p in group["params"]]
-        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](groups, lr=self.settings["beta"])
+        sizes = {
+            name: torch.tensor([run.settings[name] or 0.0 for run in runs], dtype=torch.float64, device=device)
+            for name in ("alpha", "beta", "beta_alpha")
+        }
+        self.alpha = learned_alpha or sizes["alpha"][:, None]  # (S, 1), or (S, 1, ...) each
+        self.learned = [*self.theta.values(), *learned_alpha.values()]
+        step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
+        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
         for i, tensors in stacked["optimizer"].items():
             self.optimizer.state[self.learned[i]].update(tensors)
         base = self.settings["algo"].removeprefix("directed-")
@@ -270,18 +286,15 @@ class Batch:
             self.update_states()
             checkpoints.save(self.runs)
 
+    def news(self):
+        """What there is to say of the last epoch: algorithm, number of runs, mean return after adaptation."""
+        returns = [run.state["log"][-1][5] for run in self.runs]
+        return self.settings["algo"], len(returns), sum(returns) / len(returns)
+
     def write(self, run, table, rows):
         run.state[table] += rows
         if self.ranks.rank == 0:
             checkpoints.append_rows(run, table, rows)
-
-
-def group(runs):
-    """Lists of runs of one algorithm at the same epoch."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.settings["algo"], run.state["epoch"]].append(run)
-    return list(groups.values())
 
 
 def first_state(settings, env):
@@ -301,21 +314,35 @@ def first_state(settings, env):
 
 
 class SGD:
-    """The plain step p ← p − lr p.grad, bit for bit torch.optim.SGD's; but the first use of that one imports torch's
-    compiler, which takes 1.4 s: as long as all else before the first epoch."""
+    """The plain step p ← p − β p.grad with a β for each run: step_sizes, (S,) for each parameter (S, 1, ...)."""
 
-    def __init__(self, groups, lr):
-        self.param_groups = [{"lr": lr} | group for group in groups]
-        self.state = {}
+    def __init__(self, params, step_sizes):
+        self.params, self.step_sizes, self.state = params, step_sizes, {}
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.add_(p.grad, alpha=-group["lr"])
+        for p, beta in zip(self.params, self.step_sizes, strict=True):
+            p -= beta.to(p).view(-1, *[1] * (p.dim() - 1)) * p.grad
 
 
-OPTIMIZERS = {"sgd": SGD, "adam": torch.optim.Adam}
+class Adam(SGD):
+    """torch's Adam with a β for each run: p ← p + β u, where u is its step of size 1."""
+
+    def __init__(self, params, step_sizes):
+        self.params, self.step_sizes, self.adam = params, step_sizes, torch.optim.Adam(params, lr=1.0)
+        self.state = self.adam.state
+
+    @torch.no_grad()
+    def step(self):
+        before = [p.clone() for p in self.params]
+        for p in self.params:
+            p.zero_()  # so that torch's step leaves u itself in p
+        self.adam.step()
+        for p, start, beta in zip(self.params, before, self.step_sizes, strict=True):
+            p.mul_(beta.to(p).view(-1, *[1] * (p.dim() - 1))).add_(start)
+
+
+OPTIMIZERS = {"sgd": SGD, "adam": Adam}
 
 
 # --- settings: the one table that the command line, its checks, config.json, --help and the README come from ---
@@ -370,6 +397,7 @@ NEEDS = {
     "--rl ac": lambda args, algo: args.rl == "ac",
     "--watch RUN": lambda args, algo: args.watch is not None,
 }
+SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
 DIRECTED, META_SGD, ACTOR_CRITIC, WATCH = NEEDS
 count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
@@ -399,8 +427,9 @@ SETTINGS = {
         Setting("hidden", "widths of the tanh layers", "100 100", count, (64, 64), nargs="+"),
     ],
     "step sizes": [
-        Setting("alpha", "inner step size α", "0.01", step_size, 0.001),
-        Setting("beta", "outer step size β; Reptile's ε", "0.02", step_size, 0.001),
+        Setting("alpha", "inner step size α, one or several", "0.01", step_size, 0.001,
+                nargs="+"),
+        Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+"),
         Setting("delta", "δ, one or several, all trained at once", "0 0.001 0.005", size, 0.005, nargs="+",
                 needs=DIRECTED),
         Setting("delta_schedule", "constant; decay: δ / (1 + epoch / 100); converged: 0 once the smoothed return is "
@@ -432,7 +461,8 @@ SETTINGS = {
     "running": [
         Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
                 choices=("auto", "cpu", "cuda"), identity=False),
-        Setting("workers", "processes that step gymnasium environments; 0: this one", "4", number(int, 0, 1024), None,
+        Setting("workers", "processes that share the runs, or the trajectories of a few runs; 1: this one", "4",
+                number(int, 0, 1024), None,
                 "the number of cores", identity=False),
         Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
                 identity=False),
@@ -530,7 +560,7 @@ def check_pairs(args, error):
             and not any(NEEDS[setting.needs](args, algo) for algo in args.algo or [""])
         ):
             raise RunError(f"{setting.flag} does nothing without {setting.needs}; leave it out, or add that", 2)
-        if setting.name in ("algo", "seed", "delta"):
+        if setting.name in ("algo", *SWEPT):
             names = [f"{x:.12g}" if isinstance(x, float) else x for x in values or ()]  # as folders are named
             if len(set(names)) < len(names):
                 raise RunError(f"{setting.flag} {' '.join(map(str, values))}: duplicate value", 2)
@@ -569,15 +599,18 @@ def plan(args, algo, env):
     settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
-    if algo.endswith("meta-sgd") and args.beta_alpha is None:
-        # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001, and it diverges.
-        settings["beta_alpha"] = settings["alpha"] * settings["beta"]
-    root, runs = folder_of_all(args), []
-    deltas = args.delta or [settings["delta"]]
-    for delta, seed in itertools.product(deltas if algo.startswith("directed-") else [None], args.seed or [1]):
-        own = settings | {"delta": delta, "seed": seed}
-        folder = root / algo / ("" if delta is None else f"delta{delta:.12g}") / f"seed{seed}"
-        runs.append(Run(folder, own, first_state(own, env)))
+    swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
+    if not algo.startswith("directed-"):
+        swept["delta"] = [None]
+    runs = []
+    for values in itertools.product(*swept.values()):
+        own = settings | dict(zip(swept, values, strict=True))
+        if algo.endswith("meta-sgd") and args.beta_alpha is None:
+            # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
+            own["beta_alpha"] = own["alpha"] * own["beta"]
+        varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
+        names = [f"{x}{own[x]:.12g}" for x in varied]
+        runs.append(Run(folder_of_all(args) / algo / "/".join(names), own, first_state(own, env)))
     return runs
 
 
@@ -635,24 +668,33 @@ def begin(run, args, env, device, runs_in_batch):
 
 
 class Progress:
-    """The bar of a batch's training: the mean return after adaptation, and the epochs a second."""
+    """One bar for all runs of the command, counting every run's epochs; without a terminal, a line every 30 seconds."""
 
-    def __init__(self, batch, epochs, quiet):
-        name = batch.settings["algo"] + (f" x{len(batch.runs)}" if len(batch.runs) > 1 else "")
-        hidden = True if quiet or batch.ranks.rank else None  # None: where there is no terminal
-        self.bar = tqdm(total=epochs, initial=batch.epoch, desc=name, unit="epoch", disable=hidden)
+    def __init__(self, runs, args, ranks):
+        self.show = not args.quiet and ranks.rank == 0
+        done = sum(run.state["epoch"] for run in runs)
+        self.bar = tqdm(total=args.epochs * len(runs), initial=done, unit="epoch", disable=None if self.show else True)
+        self.lines, self.said, self.start = self.show and self.bar.disable, time.monotonic(), time.monotonic()
+        self.done, self.begun, self.total = done, done, args.epochs * len(runs)
 
     def __enter__(self):
-        self.bar.__enter__()
+        return self
 
     def __exit__(self, *error):
-        self.bar.__exit__(*error)
+        self.bar.close()
 
-    def update(self, batch):
-        self.bar.set_postfix(
-            return_post=f"{numpy.mean([run.state['log'][-1][5] for run in batch.runs]):.4g}", refresh=False
-        )
-        self.bar.update()
+    def update(self, news):
+        algo, count, mean_return = news
+        self.done += count
+        self.bar.set_description(algo, refresh=False)
+        self.bar.set_postfix(return_post=f"{mean_return:.4g}", refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.lines and now - self.said > 30:
+            left = (now - self.start) / (self.done - self.begun) * (self.total - self.done)
+            print(f"{algo}: epoch {self.done} of {self.total}, return {mean_return:.4g}, {left:.0f} s left",
+                  file=sys.stderr)  # fmt: skip
+            self.said = now
 
 
 def finish(failures, args):
