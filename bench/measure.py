@@ -50,25 +50,21 @@ def endless(env):
     gymnasium's environments, which worker processes hold, stay as they are.
     """
 
-    def dynamics(phi, noise):
-        state, step = env.dynamics(phi, noise)
-        never = torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
+    def dynamics(phi, noise, xp):
+        state, step = env.dynamics(phi, noise, xp)
+        never = noise[..., 0] < 0
         return state, lambda state, action: (*step(state, action)[:2], never, never)
 
     return env if env.in_workers else replace(env, dynamics=dynamics)
 
 
 @contextlib.contextmanager
-def opened(env, runs, device, capture=True):
-    """A batch of runs, ready to train as run.py trains them. capture: rollouts on CUDA are replayed CUDA graphs."""
+def opened(env, runs, device):
+    """A batch of runs, ready to train as run.py trains them."""
     torch.set_num_threads(1)
     parallel.keep_memory()
     head, ranks = policies.make_head(env.actions), parallel.Ranks()
     with parallel.open_sampler(env, head, device, os.cpu_count()) as sample:
-        if not capture:
-            sample = partial(
-                parallel.sample_on, device, partial(parallel.rollout_here, env, partial(policies.actor, head=head))
-            )
         yield run.Batch(runs, env, head, sample, device, ranks)
 
 

@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-import envs
-import policies
+import parallel
 import run
 from bench import benchmark, measure, reference
 
@@ -51,18 +51,20 @@ def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():
 def epoch_in_float64(algo):
     """θ after an epoch of one run by the shipped code, θ before, its settings, and the trajectories of each call."""
     env, [planned] = measure.Configuration("cartpole", algo, S=1, M=3, K=4, H=6, hidden=5).plan()
+    env = measure.endless(env)
     settings = planned.settings | {"alpha": 0.1, "beta": 0.01, "delta": planned.settings["delta"] and 0.05}
     before = {name: p.double() for name, p in planned.state["theta"].items()}
     recorded = []
 
     def sample(params, phi, noise):
         noise = {key: x.double() for key, x in noise.items()}
-        act = policies.actor({name: p.detach() for name, p in params.items()}, batch.head)
-        recorded.append(envs.rollout(batch.env, act, phi.double(), noise))
+        recorded.append(
+            parallel.with_numpy(partial(parallel.rollout_here, env, batch.head), params, phi.double(), noise)
+        )
         return recorded[-1]
 
     in_float64 = replace(planned, settings=settings, state=planned.state | {"theta": before})
-    with measure.opened(measure.endless(env), [in_float64], "cpu") as batch:
+    with measure.opened(env, [in_float64], "cpu") as batch:
         batch.sample = sample
         run.train_epoch(batch)
     return batch.theta, before, settings, recorded
