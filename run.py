@@ -399,7 +399,7 @@ NEEDS = {
 }
 SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
 DIRECTED, META_SGD, ACTOR_CRITIC, WATCH = NEEDS
-count, size, step_size = number(int, 1), number(float, 0), number(float, 0, above=True)
+count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
     "task": [
@@ -416,7 +416,7 @@ SETTINGS = {
         Setting("algo", f"one or several of {', '.join(ALGORITHMS)}", "maml directed-maml", nargs="+",
                 choices=ALGORITHMS),
         Setting("rl", "pg: policy gradient; ac: actor-critic", "ac", default="pg", choices=tuple(policies.LOSSES)),
-        Setting("seed", "one or several, all trained at once", "1 2 3 4 5", number(int, 0), (1,), nargs="+"),
+        Setting("seed", "one or several, all trained at once", "1 2 3 4 5", number(int, 0), 1, nargs="+"),
         Setting("epochs", "E", "1000", count, 500, identity=False),
         Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories", "3", count, 1),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
@@ -609,7 +609,7 @@ def plan(args, algo, env):
             # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
             own["beta_alpha"] = own["alpha"] * own["beta"]
         varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
-        names = [f"{x}{own[x]:.12g}" for x in varied]
+        names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
         runs.append(Run(folder_of_all(args) / algo / "/".join(names), own, first_state(own, env)))
     return runs
 
