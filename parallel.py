@@ -367,10 +367,13 @@ class Ranks:
             x.copy_(part.view_as(x))
 
     def any(self, signals):
-        """The signal that this rank or another has caught, in a list: one answer for all ranks, whenever it comes."""
+        """The list of the signals that this rank has caught; where another has, SIGTERM is added to an empty one: one
+        answer for all ranks, whenever a signal comes."""
         caught = torch.tensor([float(len(signals))])
         self.sum([caught])
-        return (signals[:1] or [signal.SIGTERM]) if caught else []
+        if caught and not signals:
+            signals.append(signal.SIGTERM)
+        return signals if caught else []
 
     def object_from_first(self, make):
         """What `make()` returns on rank 0."""

@@ -80,7 +80,10 @@ def train_all(runs, env, args, ranks):
         for run, state in zip(runs, states, strict=True):
             run.state = state
         processes = 1 if device == "cuda" or ranks.count > 1 else max(min(args.workers, len(runs)), 1)
-        samplers = args.workers // processes  # processes that step gymnasium's environments, for each that trains
+        trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
+        samplers = min(
+            args.workers // processes, trajectories
+        )  # of each training process, for gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
         failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
     return failures, signals
@@ -91,9 +94,7 @@ def share_out(runs, processes):
     groups = defaultdict(list)
     for run in runs:
         groups[run.settings["algo"], run.state["epoch"]].append(run)
-    parts = processes // math.gcd(
-        processes, len(groups)
-    )  # as few as give every process as many jobs: batches are faster
+    parts = processes // math.gcd(processes, len(groups))  # the fewest that give all processes equally many jobs
     return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
 
 
@@ -111,6 +112,7 @@ def train_together(runs, tell, args, env, device, samplers, ranks):
 
 
 def train(batch, epochs, eval_every, tell):
+    """Train a batch to `epochs`, evaluating and saving it on the way; see `train_together`."""
     failures, stopping, saved = [], [], time.perf_counter()
     while batch and batch.epoch < epochs and not stopping:
         start = time.perf_counter()
@@ -531,7 +533,8 @@ def parse(argv):
     check_pairs(args, parser.error)
     for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
         if getattr(args, setting.name) is None:
-            setattr(args, setting.name, os.cpu_count() if setting.name == "workers" else setting.default)
+            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this rank
+            setattr(args, setting.name, max(cores, 1) if setting.name == "workers" else setting.default)
     return args
 
 
