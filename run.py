@@ -7,6 +7,7 @@ All runs of one algorithm, seeds × deltas, are one batched program along the fi
 import argparse
 import contextlib
 import itertools
+import json
 import math
 import os
 import platform
@@ -49,6 +50,7 @@ def main(argv=None):
             return print(trained.watch(args.watch, args.phi, args.env))
         check_ranks(args, ranks)
         env = make_env(args)
+        check_memory(args, env)
         runs = [run for algo in args.algo for run in plan(args, algo, env)]
         failures, stopped = train_all(runs, env, args, ranks)
         ranks.object_from_first(lambda: finish(failures, args))
@@ -381,6 +383,8 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
             good = math.isfinite(value) and low <= value <= high and not (above and value == low)
         except (ValueError, OverflowError):
             good = False
+        if not good and "," in text:
+            raise argparse.ArgumentTypeError(f"{text!r}: separate values by spaces: {' '.join(text.split(','))}")
         if not good:
             what = "whole number" if kind is int else "number"
             bounds = [f" {'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f" <= {high:g}"] * (high < math.inf)
@@ -388,6 +392,14 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
         return value
 
     return parse
+
+
+def seeds(text):
+    """An argparse type: a seed, or FIRST-LAST."""
+    first, dash, last = text.partition("-")
+    if not (first and dash):
+        return number(int, 0)(text)
+    return range(number(int, 0)(first), number(int, 0)(last) + 1)
 
 
 ALGORITHMS = (*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS))
@@ -418,7 +430,7 @@ SETTINGS = {
         Setting("algo", f"one or several of {', '.join(ALGORITHMS)}", "maml directed-maml", nargs="+",
                 choices=ALGORITHMS),
         Setting("rl", "pg: policy gradient; ac: actor-critic", "ac", default="pg", choices=tuple(policies.LOSSES)),
-        Setting("seed", "one or several, all trained at once", "1 2 3 4 5", number(int, 0), 1, nargs="+"),
+        Setting("seed", "one or several, all trained at once; 1-10 is ten", "1 2 3 4 5", seeds, 1, nargs="+"),
         Setting("epochs", "E", "1000", count, 500, identity=False),
         Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories", "3", count, 1),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
@@ -469,6 +481,8 @@ SETTINGS = {
         Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
                 identity=False),
         Setting("out", "folder of all runs", "../runs", Path, Path("runs"), identity=False),
+        Setting("like", "take every setting of that run from its config.json; other flags override it",
+                "runs/cartpole-pg/maml/seed1 --seed 2", Path, identity=False),
         Setting("resume", "continue runs that exist, e.g. with more --epochs", type=bool, identity=False),
         Setting("overwrite", "start runs that exist again", type=bool, identity=False),
         Setting("quiet", "no progress, only errors", type=bool, identity=False),
@@ -526,10 +540,17 @@ def parse(argv):
             kind = one_of(setting.choices) if setting.choices else setting.type
             metavar = "{" + ",".join(setting.choices) + "}" if 0 < len(setting.choices) < 5 else setting.name.upper()
             section.add_argument(setting.flag, type=kind, nargs=setting.nargs, metavar=metavar, help=text)
+    # argparse's own pattern takes -1. and -1e-05 for flags
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(f"{unknown[0]}: a value that no flag takes; flags that take several say so in --help")
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
         parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
+    if args.like is not None:
+        return parse([*words_of(args.like), *without(argv, "--like", 2)])
+    args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
     check_pairs(args, parser.error)
     for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
         if getattr(args, setting.name) is None:
@@ -538,10 +559,32 @@ def parse(argv):
     return args
 
 
+def words_of(folder):
+    """The settings of the run in a folder, from its config.json, as the words of a command line."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        given = {
+            x: config[x.name] for x in ALL_SETTINGS.values() if x.name != "device" and config.get(x.name) is not None
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
+    values = {setting: value if isinstance(value, list) else [value] for setting, value in given.items()}
+    return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
+
+
+def without(argv, flag, count):
+    """The command line without a flag and its values, `count` words in all."""
+    i = [word.split("=")[0] for word in argv].index(flag)
+    return argv[:i] + argv[i + (1 if "=" in argv[i] else count) :]
+
+
 def one_of(choices):
     """An argparse type: one of these words; the nearest is suggested for another."""
 
     def parse(text):
+        if "," in text:
+            raise argparse.ArgumentTypeError(f"{text!r}: separate values by spaces: {' '.join(text.split(','))}")
         if text not in choices:
             raise argparse.ArgumentTypeError(f"{text!r}: {envs.hint(text, choices, ', '.join(choices))}")
         return text
@@ -643,6 +686,27 @@ def choose_device(args, env):
     if args.device == "auto":
         return "cuda" if torch.cuda.is_available() and not env.in_workers else "cpu"
     return args.device
+
+
+def check_memory(args, env):
+    """Refuse what cannot fit into memory before it starts: at the least, every task has its parameters twice, and the
+    gradient needs every layer's activations three times."""
+
+    def value(name):
+        given = getattr(args, name)
+        return default_of(ALL_SETTINGS[name], env) if given is None else given
+
+    sizes = [env.obs_dim, *value("hidden"), env.action_dim]
+    params = sum(a * b for a, b in itertools.pairwise(sizes))
+    activations = value("trajectories") * env.horizon * sum(sizes[1:])
+    runs = math.prod(len(getattr(args, name) or [0]) for name in SWEPT)
+    need = 4 * runs * value("tasks") * (2 * params + 3 * activations)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if need > have:
+        raise RunError(
+            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the machine has {have / 2**30:.0f}; give "
+            "fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 2,
+        )  # fmt: skip
 
 
 def check_ranks(args, ranks):
