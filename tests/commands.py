@@ -1,6 +1,7 @@
 """run.py's commands as the tests give them: in this process, or in forked ones, which signals may end."""
 
 import csv
+import io
 import os
 import signal
 import sys
@@ -87,7 +88,7 @@ class Command:
         except ProcessLookupError:  # it has ended, or not yet made its session
             self.process.kill()
         self.process.join()
-        self.error.unlink()
+        self.error.unlink(missing_ok=True)
 
 
 def in_child(words, environment, error, checkpoint_seconds):
@@ -96,7 +97,7 @@ def in_child(words, environment, error, checkpoint_seconds):
     descriptor = os.open(error, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (open(i, "w", buffering=1, closefd=False) for i in (1, 2))
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(i, "w"), line_buffering=True) for i in (1, 2))
     run.CHECKPOINT_SECONDS = checkpoint_seconds
     code = 0
     try:

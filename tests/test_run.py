@@ -1,6 +1,5 @@
 """run.py as a user meets it: settings, files, determinism, resuming, learning, and one clear line for what is wrong."""
 
-import functools
 import json
 import os
 import subprocess
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoints
 import policies
 import report
 import run
