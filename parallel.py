@@ -168,6 +168,8 @@ def serve(pipe, env, make_act, index, count):
     """What a sampling worker runs: answers (params, phi, noise) with its trajectories (n, ...), {} where it has none,
     or a ProcessError, until the main process ends."""
     end_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:  # it had ended before; a forked pipe does not show that
+        return
     torch.set_num_threads(1)
     own = slice(index, None, count)
     env = replace(env, dynamics=partial(env.dynamics, own=own))
