@@ -339,7 +339,7 @@ class Ranks:
             return True
 
     def exit(self, code):
-        """End a rank that failed at once, since torch's tear-down may abort over a lost peer; but rank 0, where it keeps
+        """End a rank that failed at once, since torch's tear-down may abort over a lost peer; but rank 0, if it keeps
         the store, after the others know."""
         deadline = time.monotonic() + 3
         with contextlib.suppress(RuntimeError):
