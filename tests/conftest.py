@@ -13,11 +13,16 @@ torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run be
 
 
 @pytest.fixture(autouse=True)
-def figures_in_the_tests_of_the_report_alone(request, monkeypatch):
-    """Figures take a second each, most of a small training's time: test_report.py draws them, the others do not."""
-    if request.module.__name__ != "tests.test_report":
+def no_figures(request, monkeypatch):
+    """Figures take a second each, most of a small training's time: only a test that uses `figures` draws them."""
+    if "figures" not in request.fixturenames:
         monkeypatch.setattr(report, "draw_curves", lambda plt, labels, path: None)
         monkeypatch.setattr(report, "draw_adaptation", lambda plt, labels, path: False)
+
+
+@pytest.fixture
+def figures():
+    pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
