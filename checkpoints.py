@@ -217,8 +217,8 @@ def load(path):
         raise RunError(f"{path}: not a checkpoint that torch can read ({reason}); {REMEDY}") from error
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise RunError(f"{path}: not a checkpoint of this program; {REMEDY}")
-    if state.get("format") != FORMAT:
-        raise RunError(f"{path}: its format is {state.get('format')!r}, this program's is {FORMAT}; {REMEDY}")
+    if str(state.get("format")) != str(FORMAT):  # as text: it may even be a tensor
+        raise RunError(f"{path}: its format is {str(state.get('format'))[:40]}, this program's is {FORMAT}; {REMEDY}")
     return state
 
 
@@ -226,7 +226,7 @@ def check_settings(state, run):
     """Raises RunError where a checkpoint's settings are not those of this command's run."""
     for key, value in run.settings.items():
         before = state["settings"].get(key)
-        if json.dumps(before, default=repr) != json.dumps(value):  # as text: it may even be a tensor
+        if json.dumps(before, default=repr, skipkeys=True) != json.dumps(value):  # as text: it may even be a tensor
             flag = "--" + key.replace("_", "-")
             raise RunError(
                 f"{run.folder}: began with {key} {before}, this command says {value}; give {flag} as before, another "
@@ -246,7 +246,8 @@ def check_layout(state, first, path):
         for row in state[table]:
             if not isinstance(row, list) or len(row) != len(columns) or not all(map(is_plain, row)):
                 raise RunError(f"{path}: {str(row)[:40]} is no row of {','.join(columns)}; {REMEDY}")
-    if [row[0] for row in state["log"]] != list(range(1, state["epoch"] + 1)):
+    epochs = [row[0] for row in state["log"]]
+    if len(epochs) != state["epoch"] or epochs != list(range(1, len(epochs) + 1)):
         raise RunError(f"{path}: its log does not hold epochs 1 to {state['epoch']}; {REMEDY}")
 
 

@@ -239,6 +239,8 @@ def serve(pipe, env, head, index, count):
     """What a sampling worker runs: answers (params, phi, noise) with its trajectories (n, ...), {} where it has none,
     or a ProcessError, until the main process ends."""
     end_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:  # it had ended before; a forked pipe does not show that
+        return
     torch.set_num_threads(1)
     own = slice(index, None, count)
     env = replace(env, dynamics=partial(env.dynamics, own=own))
@@ -334,6 +336,7 @@ class Ranks:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
             # torchrun keeps the store itself, before there are ranks: if there is none, torchrun was killed meanwhile.
             by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self.keeps_store = self.rank == 0 and not by_torchrun
             patience = timedelta(seconds=30) if by_torchrun else dist.default_pg_timeout
             with self.connected():
                 self.store, *_ = next(dist.rendezvous("env://", timeout=patience))
@@ -409,11 +412,11 @@ class Ranks:
             return True
 
     def exit(self, code):
-        """End a rank that failed at once, since torch's tear-down may abort over a lost peer; but rank 0, which may
-        keep the store, after the others know."""
+        """End a rank that failed at once, since torch's tear-down may abort over a lost peer; but rank 0, if it keeps
+        the store, after the others know."""
         deadline = time.monotonic() + 3
         with contextlib.suppress(RuntimeError):
-            while self.rank == 0 and self.store.add("failures", 0) < self.count and time.monotonic() < deadline:
+            while self.keeps_store and self.store.add("failures", 0) < self.count and time.monotonic() < deadline:
                 time.sleep(0.02)
         sys.stdout.flush()
         sys.stderr.flush()

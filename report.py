@@ -69,7 +69,7 @@ def read(root):
             run = read_run(path.parent)
             phi = phi or run["config"]["phi_names"]
             if run["config"]["phi_names"] != phi:
-                raise ValueError(f"{path}: its φ is {run['config']['phi']}, that of the runs before {phi}")
+                raise ValueError(f"{path}: its φ is {run['config']['phi_names']}, that of the runs before {phi}")
         except ValueError as error:
             left_out.append(f"{error}; the run is left out of the report")
             continue
@@ -92,7 +92,7 @@ def read_run(folder):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
     if any(len(row["phi"].split()) != len(run["config"]["phi_names"]) for row in run["eval"]):
-        raise ValueError(f"{folder / 'eval.csv'}: damaged (a φ does not consist of {run['config']['phi']})")
+        raise ValueError(f"{folder / 'eval.csv'}: damaged (a φ does not consist of {run['config']['phi_names']})")
     return run
 
 

@@ -792,7 +792,8 @@ def one_clear_line():
     except parallel.ProcessError as error:
         line, code = f"{error}; continue from the last checkpoint with --resume", 1
     except OSError as error:  # a full disk, a folder that is gone or may not be written
-        line, code = f"{error.filename or 'files'}: {error.strerror or error}; fix this, then rerun with --resume", 1
+        path = error.filename2 or error.filename or "files"  # a file that cannot be put in its place: the place
+        line, code = f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

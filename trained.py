@@ -38,14 +38,18 @@ def load(folder, trusted_env=None):
     if state is None:
         raise RunError(f"{folder}: there is no {checkpoints.CHECKPOINT}; name the folder of one run", 2)
     settings = state["settings"]
+    name = settings.get("env")
+    if isinstance(name, str) and ":" in name and name != trusted_env:
+        raise RunError(f"{path}: runs the code of module {name}; if you trust it, give --env {name} too", 2)
     try:
-        name = settings["env"]
-        if ":" in name and name != trusted_env:
-            raise RunError(f"{path}: runs the code of module {name}; if you trust it, give --env {name} too", 2)
+        for key, least in (("horizon", 1), ("trajectories", 1), ("inner_steps", 0), ("seed", 0)):
+            if type(settings[key]) is not int or settings[key] < least:
+                raise ValueError(f"{key} is {settings[key]!r}")
         env = envs.make(name, settings["param"], settings["range"], settings["horizon"])
         policy = Policy(env, settings, state["theta"], state["alpha"] or float(settings["alpha"]))
-        policy.act(np.zeros(env.obs_dim))  # a θ of another shape fails here
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whatever a stranger wrote there
+        obs = np.zeros((2, env.obs_dim))
+        policy.adapt(episodes=[[(obs, [policy.act(obs[0])], [0.0])]])  # a θ, α or loss of another kind fails here
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise RunError(
             f"{path}: its settings or parameters are not those of a run ({envs.first_line(error)})"
         ) from error

@@ -1,14 +1,39 @@
+import os
+
+# Where rank 0 keeps the store, torch warns at length of every connection that it loses with it. Read when torch loads.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
 import pytest
 import torch
 
 import report
+from tests.commands import SMALL, Command
 
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs
 
 
 @pytest.fixture(autouse=True)
-def figures_where_they_are_looked_at(request, monkeypatch):
-    """Figures take a second each, most of a small training's time: test_report.py draws them, the others do not."""
-    if request.module.__name__ != "tests.test_report":
+def no_figures(request, monkeypatch):
+    """Figures take a second each, most of a small training's time: only a test that uses `figures` draws them."""
+    if "figures" not in request.fixturenames:
         monkeypatch.setattr(report, "draw_curves", lambda plt, labels, path: None)
         monkeypatch.setattr(report, "draw_adaptation", lambda plt, labels, path: False)
+
+
+@pytest.fixture
+def figures():
+    pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def start():
+    """start(*words, out=..): the `Command` of an endless small training; all end with the test."""
+    commands = []
+
+    def start(*words, out, **options):
+        commands.append(Command(["--epochs", 100_000, "--out", out, *SMALL, *words], **options))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        command.end()

@@ -42,8 +42,8 @@ def test_numbers_of_env_steps_are_short():
 def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
     folder.mkdir(parents=True)
     config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "seed": 1, "inner_steps": 1, "eval_steps": 2}
-    config |= {"beta": 0.001, "low": [-1.0 if len(phi) > 1 else 5.0] * len(phi), "high": [15.0] * len(phi)}
-    (folder / "config.json").write_text(json.dumps(config | {"threshold": threshold, "phi": phi}))
+    config |= {"beta": 0.001, "range": [-1.0 if len(phi) > 1 else 5.0, 15.0] * len(phi)}
+    (folder / "config.json").write_text(json.dumps(config | {"threshold": threshold, "phi_names": phi}))
     rows = ["epoch,env_steps,seconds,sample_seconds,return_pre,return_post,return_med"]
     for i, x in enumerate(returns, 1):
         rows.append(f"{i},{100 * i},{seconds * i},{0.1 * i},{x - 1},{x},")
@@ -172,8 +172,7 @@ def test_the_command_writes_reports_and_says_in_one_line_what_is_not_a_folder(ex
 
 
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])
-def test_figures_are_drawn(tmp_path, phi):
-    pytest.importorskip("matplotlib")
+def test_figures_are_drawn(tmp_path, phi, figures):
     write_run(tmp_path / "a" / "seed1", "maml", None, [1.0, 2.0], phi=phi)
     write_run(tmp_path / "b" / "seed1", "directed-maml", 0.1, [1.0, 2.0], phi=phi)
     lines, left_out = report.write(tmp_path)
@@ -201,3 +200,68 @@ def test_without_matplotlib_one_line_says_how_to_get_the_figures(experiment, mon
     lines, _ = report.write(experiment)
     assert len(lines) == 2 and "pip install matplotlib" in lines[1]
     assert (experiment / "report.md").exists() and not (experiment / "curves.png").exists()
+
+
+# --- damaged runs ---
+
+
+def changed(**changes):
+    def damage(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def holding(data):
+    return lambda path: path.write_bytes(data)
+
+
+def garbled(path):
+    path.write_bytes(path.read_bytes() + b"\xff\xfe,1\n")
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("config.json", holding(b'{"env": "to')),
+        ("config.json", garbled),
+        ("config.json", holding(b"[]")),
+        ("config.json", changed(algo="../../x")),
+        ("config.json", changed(delta="large")),
+        ("config.json", changed(threshold=[1])),
+        ("config.json", changed(phi_names=["another"])),
+        ("config.json", changed(range=[5.0])),
+        ("config.json", changed(range=[5.0, "15"])),
+        ("log.csv", garbled),
+        ("log.csv", holding(b"epoch,seconds\n1,2\n")),
+        ("log.csv", holding(b"epoch,env_steps,seconds,return_post\n1,2,x,4\n")),
+        ("log.csv", folder_instead),
+        ("eval.csv", garbled),
+        ("eval.csv", holding(b"epoch\n1\n")),
+        ("eval.csv", holding(b"epoch,phi,step,return\n1,5 5,0,9\n")),
+    ],
+)
+def test_a_damaged_run_is_left_out_of_the_report_in_one_line(tmp_path, name, damage):
+    write_run(tmp_path / "maml" / "seed1", "maml", None, [1.0])
+    damaged = tmp_path / "zfoma" / "seed1"  # after the good run, which says what φ is
+    write_run(damaged, "fomaml", None, [1.0])
+    damage(damaged / name)
+    _, [line] = report.write(tmp_path)
+    assert str(damaged / name) in line and "left out of the report" in line and "\n" not in line
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| maml | 1 |" in text and "| fomaml" not in text and f"{damaged / name}: " in text
+
+
+def test_half_a_row_at_the_end_of_a_log_is_no_damage(tmp_path):
+    """Another command may be writing it just now."""
+    write_run(tmp_path / "seed1", "maml", None, [1.0, 2.0])
+    for name in ("log.csv", "eval.csv"):
+        with open(tmp_path / "seed1" / name, "a") as file:
+            file.write("3,9")
+    assert report.write(tmp_path)[1] == []
+    assert "| maml | 1 | 2 |" in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -1,0 +1,358 @@
+"""Sampling workers, signals, CUDA graphs and torchrun's ranks: the numbers of one process, and one clear line when
+another one dies."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import envs
+import parallel
+from bench import torture
+from envs import draw_noise, generators, make, rollout, sample_tasks
+from parallel import CapturedRollout, ProcessError, Workers
+from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train, wait_for
+from tests.test_envs import TORCH_ENVS, trained_on
+
+GYM = ["--param", "g", "--range", "5", "15"]
+PENDULUM = ["--env", "Pendulum-v1", *GYM, "--algo", "fomaml", "--workers", "2"]
+PENDULUM_RUN = "Pendulum-v1-pg/fomaml/seed1"
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+# --- sampling workers ---
+
+
+def random_actions(params):
+    """A policy that acts by noise alone, nearly; importable, as worker processes need it where they are spawned."""
+    return most_noise
+
+
+def most_noise(obs, noise):
+    return (noise + 0.1 * obs[..., :1]).argmax(-1)
+
+
+def noise_itself(params):
+    return lambda obs, noise: noise
+
+
+def noise_or_failure(params):
+    """Fails under parameters, and acts without."""
+    if params:
+        raise FloatingPointError("no such luck")
+    return noise_itself(params)
+
+
+@pytest.fixture(scope="module")
+def pendulum():
+    """An environment, φ and noise for one rollout of S = 1, M = 1, K = 2."""
+    env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
+    return env, sample_tasks(env, generators([0], 1), 1), draw_noise(env, generators([0], 0), 1, 2)
+
+
+@pytest.fixture(scope="module")
+def lander():
+    """An environment, φ, noise and the trajectories of a LunarLander rollout in this process."""
+    env = make("lunarlander", horizon=120)
+    noise = draw_noise(env, generators([0, 1], 0), 3, 3)
+    phi = sample_tasks(env, generators([0, 1], 1), 3)
+    return env, phi, noise, rollout(env, most_noise, phi, noise)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_workers_change_no_bit(lander, count):
+    env, phi, noise, expected = lander
+    with Workers(env, random_actions, count) as workers:
+        trajectories = workers.rollout({}, phi, noise)
+    assert torture.equal(trajectories, expected)
+
+
+def test_more_workers_than_trajectories_change_no_bit(pendulum):
+    env, phi, noise = pendulum
+    with Workers(env, noise_itself, 3) as workers:
+        trajectories = workers.rollout({}, phi, noise)
+    assert torture.equal(trajectories, rollout(env, noise_itself({}), phi, noise))
+
+
+def test_what_fails_in_a_worker_is_said_here_and_it_serves_on(pendulum):
+    env, phi, noise = pendulum
+    with Workers(env, noise_or_failure, 2) as workers:
+        says = "the environment failed in a sampling worker: FloatingPointError: no such luck"
+        with pytest.raises(ProcessError, match=says):
+            workers.rollout({"w": torch.zeros(1)}, phi, noise)
+        assert torture.equal(workers.rollout({}, phi, noise), rollout(env, noise_itself({}), phi, noise))
+
+
+def test_what_fails_in_this_process_is_said_the_same_way(pendulum):
+    env, phi, noise = pendulum
+    with pytest.raises(ProcessError, match="the environment failed: FloatingPointError: no such luck"):
+        parallel.rollout_of_stranger(env, noise_or_failure, {"w": torch.zeros(1)}, phi, noise)
+
+
+def test_a_dead_worker_is_noticed_and_none_is_left(pendulum):
+    env, phi, noise = pendulum
+    with Workers(env, noise_itself, 2) as workers:
+        workers.rollout({}, phi, noise)
+        workers.processes[1].kill()
+        workers.processes[1].join()
+        with pytest.raises(ProcessError, match="a sampling worker died"):
+            workers.rollout({}, phi, noise)
+        left = workers.processes
+    assert not any(process.is_alive() for process in left)
+
+
+def test_training_does_not_depend_on_the_workers_and_resumes_exactly(tmp_path):
+    for name, commands in (("once", [(4, 0)]), ("twice", [(2, 2), (4, 1)])):
+        for epochs, workers in commands:
+            words = [*GYM, "--workers", workers, "--resume"]
+            train(tmp_path / name, *words, env="Pendulum-v1", algo="directed-maml", epochs=epochs)
+    assert torture.differences(tmp_path / "once", tmp_path / "twice") == []
+
+
+def workers_of(pid):
+    """The other processes of a command's session."""
+    return sorted(set(torture.members(pid)) - {pid})
+
+
+@linux
+def test_a_killed_worker_ends_the_run_in_one_line_with_the_checkpoint_intact_and_no_orphans(tmp_path, start):
+    train(tmp_path, *GYM, "--workers", 0, env="Pendulum-v1", epochs=2)
+    folder = tmp_path / PENDULUM_RUN
+    checkpoint = (folder / "checkpoint.pt").read_bytes()
+    command = start(*PENDULUM, "--resume", out=tmp_path)
+    command.wait_for_epoch(folder / "log.csv", 5)
+    workers = workers_of(command.pid)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    code, lines = command.wait()
+    assert code == 1 and len(lines) == 1
+    assert lines[0].startswith("run.py: a sampling worker died") and "--resume" in lines[0]
+    assert (folder / "checkpoint.pt").read_bytes() == checkpoint
+    torture.wait_for_the_end(command.pid)
+
+
+@linux
+def test_workers_of_a_killed_main_process_end_without_a_word(tmp_path, start):
+    command = start(*PENDULUM, out=tmp_path)
+    command.wait_for_epoch(tmp_path / PENDULUM_RUN / "log.csv")
+    assert len(workers_of(command.pid)) == 2
+    command.send(signal.SIGKILL)
+    assert command.wait()[0] == -signal.SIGKILL
+    torture.wait_for_the_end(command.pid)
+    assert command.error.read_text() == ""
+
+
+def serve_late(env):
+    """A worker that comes to serve when its parent has gone."""
+    parent = os.getppid()
+    wait_for(lambda: os.getppid() != parent)
+    pipe, _kept = multiprocessing.Pipe()  # both ends are here: it never closes
+    parallel.serve(pipe, env, noise_itself, 0, 1)
+
+
+def start_and_die(env):
+    os.setsid()
+    multiprocessing.get_context("fork").Process(target=serve_late, args=(env,)).start()
+    os._exit(0)
+
+
+@linux
+def test_a_worker_whose_main_process_has_gone_before_it_serves_ends_too(pendulum):
+    process = multiprocessing.get_context("fork").Process(target=start_and_die, args=(pendulum[0],))
+    process.start()
+    process.join()
+    try:
+        torture.wait_for_the_end(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+# --- signals ---
+
+
+@posix
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_epoch_saves_and_says_how_to_continue(tmp_path, start, signum):
+    command = start("--env", "cartpole", "--algo", "directed-maml", out=tmp_path)
+    folder = tmp_path / "cartpole-pg/directed-maml/delta0.005/seed1"
+    command.wait_for_epoch(folder / "log.csv")
+    command.send(signum)
+    words = f"--epochs 100000 --out {tmp_path} {' '.join(SMALL)} --env cartpole --algo directed-maml"
+    says = f"run.py: stopped; continue with: python run.py {words} --resume"
+    assert command.wait() == (128 + signum, [says])
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == len(rows(folder / "log.csv"))
+
+
+def is_waiting(pid):
+    """Whether a process sleeps, and no signal is on its way to it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return fields["State"].startswith("S") and int(fields["SigPnd"], 16) == int(fields["ShdPnd"], 16) == 0
+
+
+@linux
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_terminals_ctrl_c_reaches_the_workers_too_and_harms_nothing(tmp_path, start, times):
+    """Once: the epoch ends. Twice: it stops at once. Either way the files are good and the run continues from them."""
+    log = tmp_path / PENDULUM_RUN / "log.csv"
+    command = start(*PENDULUM, out=tmp_path)
+    command.wait_for_epoch(log)
+    if times == 2:  # two that are pending at once count as one: so the main process waits for a worker that has stopped
+        os.kill(workers_of(command.pid)[0], signal.SIGSTOP)
+        command.wait_for(lambda: is_waiting(command.pid))
+    os.killpg(command.pid, signal.SIGINT)
+    if times == 2:
+        command.wait_for(lambda: is_waiting(command.pid))  # again, since it has handled the first
+        os.killpg(command.pid, signal.SIGINT)
+    code, lines = command.wait()
+    says = "stopped; continue with: python run.py" if times == 1 else "stopped at once; continue from the last"
+    assert code == 128 + signal.SIGINT and len(lines) == 1 and lines[0].startswith(f"run.py: {says}")
+    torture.wait_for_the_end(command.pid)
+    epochs = len(rows(log)) + 1
+    train(tmp_path, *GYM, "--workers", 0, "--resume", env="Pendulum-v1", epochs=epochs)
+    assert [row["epoch"] for row in rows(log)] == [str(epoch) for epoch in range(1, epochs + 1)]
+
+
+# --- torchrun's ranks ---
+
+COMMAND = ["--env", "point", "--algo", "directed-maml", "--seed", 1, 2, "--tasks", 10]
+
+
+@pytest.fixture
+def start_ranks(start):
+    """start_ranks(count, out, *words): the ranks' processes as torchrun starts them, which keeps the store for them; or
+    rank 0 keeps it, as without torchrun. Ranks from 1 on get the words `others` too."""
+    stores = []
+
+    def start_ranks(count, out, *words, others=(), rank_0_keeps_the_store=False):
+        if rank_0_keeps_the_store:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+        else:
+            stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+            port = stores[-1].port
+        place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place["TORCHELASTIC_USE_AGENT_STORE"] = not rank_0_keeps_the_store
+        return [
+            start(*COMMAND, *words, *(others if rank else ()), out=out, checkpoint_seconds=0.0,
+                  environment=place | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in range(count)
+        ]  # fmt: skip
+
+    yield start_ranks
+    stores.clear()
+
+
+def ends(ranks):
+    """Exit codes, and the lines on standard error of all ranks together."""
+    codes, lines = zip(*(rank.wait() for rank in ranks), strict=True)
+    return list(codes), [line for own in lines for line in own]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of the command."""
+    out = tmp_path_factory.mktemp("alone")
+    train(out, *COMMAND, epochs=3)
+    return out
+
+
+def assert_same_numbers(got, expected):
+    paths = sorted(path.relative_to(expected) for path in expected.rglob("seed*/*.csv"))
+    assert len(paths) == 4  # two seeds' log.csv and eval.csv
+    for path in paths:
+        for ours, theirs in zip(rows(got / path), rows(expected / path), strict=True):
+            assert ours.keys() == theirs.keys()
+            for key in ours.keys() - {"phi"}:
+                assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-5)
+    for path in expected.rglob("checkpoint.pt"):
+        states = [torch.load(p, weights_only=True) for p in (path, got / path.relative_to(expected))]
+        for name, expected_value in states[0]["theta"].items():
+            torch.testing.assert_close(states[1]["theta"][name], expected_value, rtol=1e-5, atol=1e-6)
+
+
+def test_five_ranks_make_the_numbers_of_one_up_to_summation_order(alone, tmp_path, start_ranks):
+    assert ends(start_ranks(5, tmp_path, "--epochs", 3)) == ([0] * 5, [])
+    assert_same_numbers(tmp_path, alone)
+
+
+def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
+    subprocess.run(
+        [*torchrun, "--epochs", "2", "--out", tmp_path, *SMALL, *map(str, COMMAND)], cwd=REPOSITORY, check=True,
+        timeout=5 * PATIENCE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    train(tmp_path, *COMMAND, "--resume", epochs=3)
+    assert_same_numbers(tmp_path, alone)
+
+
+def test_tasks_that_the_ranks_cannot_share_evenly_are_refused(tmp_path, start_ranks):
+    codes, lines = ends(start_ranks(2, tmp_path, "--tasks", 5))
+    assert codes == [2, 2] and list(tmp_path.iterdir()) == []
+    assert lines == ["run.py: --tasks 5: not a multiple of the 2 ranks; give a multiple"]
+
+
+def test_a_rank_with_other_settings_is_named_and_all_stop(tmp_path, start_ranks):
+    codes, lines = ends(start_ranks(2, tmp_path, "--beta", 0.001, others=["--beta", 0.002]))
+    assert lines == ["run.py: --beta: 0.002 on rank 1, 0.001 on rank 0; start all with the same command"]
+    assert 0 not in codes and not list(tmp_path.rglob("log.csv"))
+
+
+def test_what_rank_0_refuses_is_said_once_and_all_stop(alone, start_ranks):
+    codes, lines = ends(start_ranks(2, alone))
+    assert 0 not in codes
+    assert len(lines) == 1 and "this run exists" in lines[0]
+
+
+@posix
+@pytest.mark.parametrize("rank_0_keeps_the_store", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_stops_the_others_in_one_line_with_the_files_intact(
+    tmp_path, start_ranks, rank, rank_0_keeps_the_store
+):
+    ranks = start_ranks(2, tmp_path, rank_0_keeps_the_store=rank_0_keeps_the_store)
+    ranks[0].wait_for_epoch(tmp_path / "point-pg/directed-maml/delta0.005/seed2/log.csv")
+    ranks[rank].send(signal.SIGKILL)
+    codes, lines = ends(ranks)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
+    assert len(lines) == 1 and "another rank stopped" in lines[0] and "--resume" in lines[0]
+    states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
+    assert len(states) == 2 and all(len(rows(log)) >= states[0]["epoch"] for log in tmp_path.rglob("log.csv"))
+
+
+@posix
+def test_a_signal_to_one_rank_stops_all_after_the_epoch(tmp_path, start_ranks):
+    ranks = start_ranks(2, tmp_path)
+    ranks[0].wait_for_epoch(tmp_path / "point-pg/directed-maml/delta0.005/seed2/log.csv")
+    ranks[1].send(signal.SIGTERM)
+    codes, lines = ends(ranks)
+    assert codes == [128 + signal.SIGTERM] * 2
+    assert len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with: torchrun .. run.py")
+    states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
+    assert [state["epoch"] for state in states] == [len(rows(log)) for log in tmp_path.rglob("log.csv")]
+
+
+# --- CUDA graphs ---
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", TORCH_ENVS)
+def test_a_captured_rollout_is_the_rollout(name):
+    env, make_act, params, phi, noise = trained_on(name, "cuda")
+    captured = CapturedRollout(env, make_act)
+    for _ in range(3):  # captured, replayed, replayed with other inputs
+        eager = rollout(env, make_act(params), phi, noise)
+        for key, x in captured(params, phi, noise).items():
+            torch.testing.assert_close(x, eager[key][:, :, :, : x.shape[3]] if key in envs.IN_TIME else eager[key])
+        phi, noise = phi.flip(1), {key: x.flip(2) for key, x in noise.items()}

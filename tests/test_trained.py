@@ -1,0 +1,320 @@
+"""A finished run in Python: load, adapt, act; what is untrusted runs no code; and --watch."""
+
+import os
+from dataclasses import replace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import envs
+import run
+import trained
+from checkpoints import RunError
+from tests.commands import rows, snapshot, train
+from tests.test_checkpoints import changed, empty, hostile, saved, state_with
+
+GYM = ["--param", "g", "--range", "5", "15"]
+RUN = "cartpole-pg/fomaml/seed1"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with runs of one epoch: CartPole by policy gradient; velocity by actor-critic and Meta-SGD; Pendulum."""
+    out = tmp_path_factory.mktemp("small")
+    train(out, epochs=1)
+    train(out, "--rl", "ac", "--trajectories", 5, env="velocity", algo="meta-sgd", epochs=1)
+    train(out, *GYM, "--workers", 0, env="Pendulum-v1", epochs=1)
+    return out
+
+
+CARTPOLE, VELOCITY, PENDULUM = RUN, "velocity-ac/meta-sgd/seed1", "Pendulum-v1-pg/fomaml/seed1"
+
+
+@pytest.fixture(scope="module")
+def balancing(tmp_path_factory):
+    """The folder of a CartPole run that has learned, evaluated on 40 trajectories a task."""
+    out = tmp_path_factory.mktemp("balancing")
+    words = ["--trajectories", 40, "--tasks", 5, "--horizon", 200, "--hidden", 64, 64, "--eval-every", 40]
+    train(out, *words, "--eval-steps", 1, algo="directed-fomaml", epochs=40)
+    return out / "cartpole-pg/directed-fomaml/delta0.005/seed1"
+
+
+# --- it learned ---
+
+
+def test_cartpole_learns_in_few_epochs(balancing):
+    log = rows(balancing / "log.csv")
+    first, last = (sum(float(row["return_post"]) for row in part) / 5 for part in (log[:5], log[-5:]))
+    assert first < 40 and last > 2 * first
+
+
+def test_adapted_to_gravity_12_it_balances_gymnasiums_cartpole_as_long_as_eval_csv_says(balancing):
+    policy = replace(trained.load(balancing).adapt(phi=[12.0]), rng=np.random.default_rng(0))
+    env = gymnasium.make("CartPole-v1", max_episode_steps=200)
+    env.unwrapped.gravity = 12.0
+    lengths = []
+    for seed in range(40):
+        obs, _ = env.reset(seed=seed)
+        over, length = False, 0
+        while not over:
+            obs, _, terminated, truncated, _ = env.step(policy.act(obs))
+            over, length = terminated or truncated, length + 1
+        lengths.append(length)
+    evaluation = {(row["phi"], row["step"]): float(row["return"]) for row in rows(balancing / "eval.csv")}
+    error = np.std(lengths) / np.sqrt(40) * np.sqrt(2)  # of the difference of two means of 40 episodes
+    assert abs(np.mean(lengths) - evaluation["12", "1"]) < 4 * error
+    assert np.mean(lengths) > 60  # a random policy falls after 20 steps
+
+
+def test_adapting_to_a_task_raises_its_return(tmp_path):
+    """point: from the mean of all goals to one goal, by 100 trajectories of the goal's task."""
+    words = ["--tasks", 5, "--trajectories", 20, "--horizon", 20, "--hidden", 32, "--eval-every", 30]
+    train(tmp_path, *words, env="point", algo="maml", epochs=30)
+    policy = trained.load(tmp_path / "point-pg/maml/seed1")
+    phi = torch.tensor([[[0.4, -0.4]]])
+    returns = [
+        float(p.sample(phi, envs.generators([7], 0), p.theta, 100)["rewards"].sum(-1).mean())
+        for p in (policy, policy.adapt(phi=[0.4, -0.4], steps=3))
+    ]
+    assert returns[1] > returns[0] + 0.5
+
+
+# --- act ---
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize(("folder", "env_id"), [(CARTPOLE, "CartPole-v1"), (PENDULUM, "Pendulum-v1")])
+def test_actions_are_those_that_the_environment_takes(small, folder, env_id, greedy):
+    policy, env = trained.load(small / folder), gymnasium.make(env_id)
+    obs, _ = env.reset(seed=0)
+    for _ in range(20):
+        action = policy.act(obs, greedy=greedy)
+        assert env.action_space.contains(action)
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            obs, _ = env.reset()
+
+
+@pytest.mark.parametrize("folder", [CARTPOLE, VELOCITY])
+def test_actions_are_drawn_from_the_policys_distribution_and_greedy_ones_are_its_mode(small, folder):
+    policy = replace(trained.load(small / folder), rng=np.random.default_rng(0))
+    obs = torch.full((1, 1, policy.env.obs_dim), 0.5)
+    outputs = trained.policies.mlp(policy.theta, "policy")(obs)[0, 0].detach()
+    drawn = np.array([policy.act(obs) for _ in range(2000)]).reshape(2000, -1)
+    greedy = policy.act(obs.flatten().tolist(), greedy=True)
+    if folder == CARTPOLE:
+        probability = float(outputs.softmax(-1)[1])
+        assert abs(drawn.mean() - probability) < 4 * np.sqrt(0.25 / 2000)
+        assert greedy == int(outputs.argmax())
+    else:  # −0.5 to 0.5, clipped normal: its median is that of the normal
+        assert drawn.min() == -0.5 and drawn.max() == 0.5
+        assert abs(np.median(drawn) - 0.5 * float(outputs)) < 4 * 0.5 * 1.2533 / np.sqrt(2000)  # √(π/2) σ/√n
+        assert greedy == pytest.approx([0.5 * float(outputs)])
+
+
+# --- adapt ---
+
+
+def as_episodes(env, trajectories):
+    """Trajectories (1, 1, K, ...) as a user has them: observations, with the last one of an episode that did not
+    terminate; actions as the environment took them; rewards."""
+    episodes = []
+    for k in range(trajectories["mask"].shape[2]):
+        length = int(trajectories["mask"][0, 0, k].sum())
+        obs, actions, rewards = (trajectories[key][0, 0, k, :length] for key in ("obs", "actions", "rewards"))
+        if not trajectories["terminated"][0, 0, k]:
+            obs = torch.cat([obs, trajectories["last_obs"][0, 0, k, None]])
+        actions = actions if isinstance(env.actions, int) else envs.in_box(actions, env.actions)
+        episodes.append((obs.numpy(), actions.numpy(), rewards.tolist()))
+    return episodes
+
+
+@pytest.mark.parametrize(("folder", "phi"), [(CARTPOLE, [12.0]), (VELOCITY, [1.7])])
+def test_adapting_to_episodes_is_adapting_to_the_task_that_they_come_from(small, monkeypatch, folder, phi):
+    policy = trained.load(small / folder)
+    sample, episodes = trained.Policy.sample, []
+
+    def recorded(self, *args):
+        trajectories = sample(self, *args)
+        if not isinstance(self.env.actions, int):  # an action outside of the box cannot be told from the box's end
+            trajectories["actions"] = trajectories["actions"].clamp(-1, 1)
+        episodes.append(as_episodes(self.env, trajectories))
+        return trajectories
+
+    monkeypatch.setattr(trained.Policy, "sample", recorded)
+    to_task = policy.adapt(phi=phi, steps=2)
+    to_episodes = policy.adapt(episodes=episodes)
+    assert len(episodes) == 2
+    for name in policy.theta:
+        torch.testing.assert_close(to_episodes.theta[name], to_task.theta[name], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(to_task.theta[name], p) for name, p in policy.theta.items())
+
+
+def test_adapting_takes_the_runs_inner_steps_and_leaves_the_policy_as_it_was(small, tmp_path):
+    train(tmp_path, "--inner-steps", 2, epochs=1)
+    policy = trained.load(tmp_path / RUN)
+    before = {name: p.clone() for name, p in policy.theta.items()}
+    by_default, twice, once = (policy.adapt(phi=[12.0], steps=steps).theta for steps in (None, 2, 1))
+    assert all(torch.equal(policy.theta[name], p) for name, p in before.items())
+    assert all(torch.equal(by_default[name], twice[name]) for name in before)
+    assert not all(torch.equal(once[name], twice[name]) for name in before)
+
+
+OBS, ONE = np.zeros((3, 4)), [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "give either phi or episodes"),
+        ({"phi": [12.0], "episodes": []}, "give either phi or episodes"),
+        ({"phi": [1.0, 2.0]}, r"phi 1 2: expected 1 number\(s\): gravity"),
+        ({"episodes": [[(OBS, [0, 1], ONE)]]}, "episode 0: 3 observations of 4 numbers, 2 actions, 3 rewards"),
+        ({"episodes": [[(OBS, [0, 1, 0], ONE), (OBS[:, :3], [0, 1, 0], ONE)]]}, "episode 1: 3 observations of 3"),
+        ({"episodes": [[(OBS[:2], [0, 1, 0], ONE)]]}, "2 observations of 4 numbers.*expected T or T . 1 observations"),
+    ],
+)
+def test_a_task_or_episodes_of_another_shape_are_refused(small, given, says):
+    with pytest.raises(ValueError, match=says):
+        trained.load(small / CARTPOLE).adapt(**given)
+
+
+# --- untrusted runs ---
+
+
+def settings_with(**changes):
+    return changed(lambda state: state["settings"].update(changes))
+
+
+DAMAGED = [
+    (empty, "checkpoint.pt: not a checkpoint that torch can read"),
+    (hostile, "checkpoint.pt: not a checkpoint that torch can read"),
+    (saved([1]), "checkpoint.pt: not a checkpoint of this program"),
+    (state_with(settings={}), "its settings or parameters are not those of a run"),
+    (state_with(format=torch.zeros(2)), "its format is tensor([0., 0.])"),
+    (settings_with(env="../../x"), "not those of a run (ValueError: `name` ../../x: unknown environment"),
+    (settings_with(env=3), "its settings or parameters are not those of a run"),
+    (settings_with(rl="x"), "its settings or parameters are not those of a run (KeyError: 'x')"),
+    (settings_with(gamma="large"), "its settings or parameters are not those of a run"),
+    (settings_with(horizon=torch.zeros(2)), "its settings or parameters are not those of a run"),
+    (settings_with(horizon="9"), "its settings or parameters are not those of a run"),
+    (settings_with(range=3), "its settings or parameters are not those of a run"),
+    (settings_with(range=["a", "b"]), "its settings or parameters are not those of a run"),
+    (settings_with(horizon=0), "its settings or parameters are not those of a run (ValueError: horizon is 0)"),
+    (settings_with(trajectories=-1), "its settings or parameters are not those of a run"),
+    (settings_with(inner_steps="x"), "its settings or parameters are not those of a run"),
+    (settings_with(seed=None), "its settings or parameters are not those of a run"),
+    (settings_with(alpha=None), "its settings or parameters are not those of a run"),
+    (state_with(theta=None), "its settings or parameters are not those of a run"),
+    (state_with(theta=3), "its settings or parameters are not those of a run"),
+    (changed(lambda state: state["theta"].clear()), "its settings or parameters are not those of a run"),
+    (changed(lambda state: state["theta"].popitem()), "its settings or parameters are not those of a run"),
+    (changed(lambda state: state.update(alpha={"x": 1})), "its settings or parameters are not those of a run"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGED)
+def test_loading_an_untrusted_run_runs_no_code_and_says_what_is_wrong(small, monkeypatch, tmp_path, damage, says):
+    monkeypatch.setenv("HOSTILE_FOLDER", str(tmp_path / "hostile"))
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes((small / RUN / "checkpoint.pt").read_bytes())
+    damage(path)
+    with pytest.raises(RunError) as error:
+        trained.load(tmp_path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_an_environment_that_is_a_modules_code_is_made_only_if_the_caller_names_it(
+    small, monkeypatch, tmp_path, capsys
+):
+    name = "module_of_a_stranger:Theirs-v0"
+    code = "import gymnasium; gymnasium.register('Theirs-v0', 'gymnasium.envs.classic_control:PendulumEnv', "
+    code += "max_episode_steps=9); open('ran', 'w')"
+    (tmp_path / "module_of_a_stranger.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes((small / PENDULUM / "checkpoint.pt").read_bytes())
+    settings_with(env=name)(path)
+    for trusted in (None, "another_module:Theirs-v0", "Pendulum-v1"):
+        with pytest.raises(RunError, match=f"runs the code of module {name}; if you trust it, give --env {name} too"):
+            trained.load(tmp_path, trusted)
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--watch", str(tmp_path)])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+    assert trained.load(tmp_path, name).env.obs_dim == 3 and (tmp_path / "ran").exists()
+
+
+def test_a_damaged_run_to_watch_is_one_line_and_nothing_is_written(small, capsys, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes((small / RUN / "checkpoint.pt").read_bytes())
+    settings_with(rl="x")(path)
+    before = snapshot(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--watch", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "not those of a run" in error
+    assert snapshot(tmp_path) == before
+
+
+# --- watch ---
+
+
+def frames_of(path):
+    image = pytest.importorskip("PIL.Image")
+    with image.open(path) as animation:
+        return animation.n_frames
+
+
+@pytest.mark.parametrize(
+    ("folder", "phi", "name"),
+    [(CARTPOLE, [12], "watch-12.gif"), (VELOCITY, [], "watch-1.gif"), (PENDULUM, [], "watch-10.gif")],
+)
+def test_a_run_is_watched_after_adaptation_on_the_mean_task_by_default(small, capsys, folder, phi, name):
+    run.main(["--watch", str(small / folder), *(["--phi", *map(str, phi)] if phi else [])])
+    out = capsys.readouterr().out
+    assert str(small / folder / name) in out and frames_of(small / folder / name) > 3
+
+
+@pytest.mark.parametrize(("env", "name"), [("crossing", "watch-10.gif"), ("point", "watch-0_0.gif")])
+def test_the_other_families_draw_themselves(tmp_path, env, name):
+    train(tmp_path, "--horizon", 4, env=env, epochs=1)
+    trained.watch(tmp_path / f"{env}-pg/fomaml/seed1")
+    assert frames_of(tmp_path / f"{env}-pg/fomaml/seed1" / name) == 5  # 4 steps
+
+
+def test_a_family_that_draws_nothing_shows_its_observations_against_time(tmp_path, monkeypatch):
+    """A point in space: three observations, as no family of ours has."""
+    space = replace(
+        envs.ENVS["point"], phi_names=("x", "y", "z"), low=(-0.5,) * 3, high=(0.5,) * 3, obs_dim=3, reset_noise=3,
+        actions=((-0.1,) * 3, (0.1,) * 3), draw=None,
+    )  # fmt: skip
+    monkeypatch.setitem(envs.ENVS, "space", space)
+    train(tmp_path, "--horizon", 4, env="space", epochs=1)
+    folder = tmp_path / "space-pg/fomaml/seed1"
+    assert "4 steps, return " in trained.watch(folder, [0.1, 0.2, 0.3])
+    assert frames_of(folder / "watch-0.1_0.2_0.3.gif") == 5
+
+
+@pytest.mark.parametrize("words", [["--phi", "1", "2"], ["--phi", "9", "9", "9"]])
+def test_a_task_of_another_shape_is_refused_in_one_line(small, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--watch", str(small / RUN), *words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"{' '.join(words)}: expected 1 number(s): gravity" in error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links")
+def test_a_link_in_an_untrusted_folder_is_replaced_by_the_animation_and_not_followed(small, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes((small / VELOCITY / "checkpoint.pt").read_bytes())
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    for name in ("watch-1.gif", "watch-1.gif.tmp"):
+        (tmp_path / name).symlink_to(outside)
+    trained.watch(tmp_path)
+    assert outside.read_text() == "mine" and frames_of(tmp_path / "watch-1.gif") > 3
