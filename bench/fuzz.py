@@ -52,7 +52,7 @@ HUGE = [  # more than the machine has: of bits, of memory (refused before any of
     ["--hidden", "100000", "1000000000"],
     ["--device", "cuda"],
 ]
-FOLDERS = ("out", "watch", "resume", "overwrite")  # chosen by `fuzz` itself, which knows what is on the disk
+FOLDERS = ("out", "watch", "like", "resume", "overwrite")  # chosen by `fuzz` itself, which knows what is on the disk
 SMALL = {"tasks": "2", "trajectories": "2", "horizon": "3", "hidden": "3", "epochs": "1", "eval_steps": "1"}
 SMALL |= {"workers": "0", "inner_steps": "1"}
 
@@ -206,6 +206,9 @@ def in_folder(line, right, rng, folder, previous):
     if place < 0.95:  # something else, in the same folder
         return [*line, ["--out", str(out)], [rng.choice(["--resume", "--overwrite", "--quiet"])]], out, False
     path = rng.choice(list(out.rglob("config.json")))
+    if place < 0.975:
+        others = rng.choice([[], [rng.choice(line)]])
+        return [["--like", str(path.parent)], ["--out", str(folder)], ["--workers", "1"], *others], folder, not others
     low = json.loads(path.read_text())["range"][::2]
     right_ones = rng.choice([[], [["--phi", *map(str, low)]]])
     others = rng.choice([[], [rng.choice(line)]])
@@ -215,6 +218,7 @@ def in_folder(line, right, rng, folder, previous):
 def fuzz(count, seed, show_bar=False):
     """So many command lines, and what came of them."""
     rng, result, previous = random.Random(seed), Fuzz(), None
+    torch.set_num_threads(1)
     figures = {"draw_curves": lambda plt, labels, path: None, "draw_adaptation": lambda plt, labels, path: False}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -238,11 +242,13 @@ def fuzz(count, seed, show_bar=False):
             outcome = "refused" if code else "trained"
             result.outcomes[outcome] += 1
             result.flags[outcome].update({flag for flag, *_ in line})
-            if previous and out != previous[1]:
-                shutil.rmtree(previous[1], ignore_errors=True)
-            keep = [part for part in line if part[0] not in ("--out", "--resume", "--overwrite", "--watch")]
-            if "--watch" not in words:
-                previous = (keep, out) if code == 0 and not trace else None
+            done = [out, *(previous or [])[1:]]
+            if not {"--watch", "--like"} & set(words):
+                again = [part for part in line if part[0] not in ("--out", "--resume", "--overwrite")]
+                previous = (again, out) if code == 0 and not trace else None
+            for place in done:
+                if previous is None or place != previous[1]:
+                    shutil.rmtree(place, ignore_errors=True)
     return result
 
 
