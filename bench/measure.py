@@ -103,6 +103,16 @@ def time_epoch(batch):
     return {"epoch": seconds, "sampling": sampling, "inner": sum(inner), "outer": outer, "env_steps": env_steps}
 
 
+def repeat(epoch, seconds):
+    """The median of the epochs in so many seconds, one at least, after WARM_UP. epoch: a function that times one."""
+    for _ in range(WARM_UP):
+        epoch()
+    start, epochs = clock(), []
+    while not epochs or clock() - start < seconds:
+        epochs.append(epoch())
+    return median_epoch(epochs)
+
+
 def make_reference_epoch(configuration):
     """A function that trains one epoch by the conventional design; returns its seconds and env steps."""
     torch.set_num_threads(1)
@@ -137,12 +147,7 @@ def measure(configuration, device, seconds=0.5):
             epoch = partial(time_epoch, stack.enter_context(opened_endless(configuration, device)))
         else:
             epoch = make_reference_epoch(configuration)
-        for _ in range(WARM_UP):
-            epoch()
-        start, epochs = clock(), []
-        while not epochs or clock() - start < seconds:
-            epochs.append(epoch())
-    return median_epoch(epochs) | {"memory": peak_memory(device)}
+        return repeat(epoch, seconds) | {"memory": peak_memory(device)}
 
 
 def peak_memory(device):
