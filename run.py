@@ -232,11 +232,8 @@ def evaluate(batch):
 
 def fail(batch, run):
     """Mark a run as failed; returns the line that says so."""
-    own = [f"{x} {run.settings[x]:g}" for x in ("seed", "alpha", "beta", "delta") if run.settings[x] is not None]
-    line = (
-        f"{run.settings['algo']}, {', '.join(own)}: a loss or parameter is not finite after epoch {batch.epoch}; "
-        "try a smaller --beta, --alpha or --delta"
-    )
+    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epoch}; "
+    line += "try a smaller --beta, --alpha or --delta"
     if batch.ranks.rank == 0:
         checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
     return line
@@ -717,10 +714,9 @@ def check_ranks(args, ranks):
     own = {key: value for key, value in vars(args).items() if key not in ("workers", "threads", "quiet")}
     for key, value in ranks.object_from_first(lambda: own).items():
         if own[key] != value:
-            flag = ALL_SETTINGS[key].flag
-            raise RunError(
-                f"{flag}: {own[key]} on rank {ranks.rank}, {value} on rank 0; start all with the same command", 2
-            )
+            mine, first = (" ".join(map(str, x)) if isinstance(x, list) else x for x in (own[key], value))
+            line = f"{ALL_SETTINGS[key].flag}: {mine} on rank {ranks.rank}, {first} on rank 0"
+            raise RunError(f"{line}; start all with the same command", 2)
 
 
 # --- what the user sees ---
@@ -766,7 +762,7 @@ class Progress:
 
 def finish(failures, args):
     """Say which runs failed, and rewrite the report."""
-    for line in failures:
+    for line in sorted(failures):
         print(f"run.py: {line}", file=sys.stderr)
     root = folder_of_all(args)
     with checkpoints.locked(root, wait=True):  # another command may end just now

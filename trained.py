@@ -118,7 +118,8 @@ class Policy:
     def sample(self, phi, rng, params, num_trajectories=None):
         """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""
         noise = envs.draw_noise(self.env, rng, 1, num_trajectories or self.settings["trajectories"])
-        return parallel.with_numpy(partial(parallel.rollout_here, self.env, self.head), params, phi, noise)
+        rollout = partial(parallel.rollout_here, self.env, partial(policies.actor, head=self.head))
+        return parallel.with_numpy(rollout, params, phi, noise)
 
     def loss(self, params, trajectories):
         options = {key: self.settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}

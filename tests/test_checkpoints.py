@@ -314,7 +314,7 @@ class Crash(BaseException):
 def test_a_crash_at_any_step_of_writing_checkpoints_parts_no_sweep(tmp_path, monkeypatch, count):
     """Checkpoints of three runs are 3 pending files and 3 put in place, and each step may be the last; the first
     checkpoints are 6 steps, so that counts 1 to 8 crash in both phases of the first, and in the second."""
-    words = ["--seed", 1, 2, 3, "--optimizer", "adam"]
+    words = ["--seed", 1, 2, 3, "--optimizer", "adam", "--workers", 1]
     left = count
 
     def crash_after(step):
