@@ -37,7 +37,7 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
         for setting, entry in zip(settings, entries, strict=True):
             assert setting.help in entry
             assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
-            always_given = setting.name in ("env", "algo", "param", "watch") or setting.type is bool
+            always_given = setting.name in ("env", "algo", "param", "watch", "like") or setting.type is bool
             assert ("(default " in entry) != always_given, entry
 
 
@@ -227,7 +227,7 @@ def test_cuda_asked_for_and_absent(tmp_path, capsys):
 
 
 def test_too_large_for_the_memory(tmp_path, capsys):
-    for words in (["--hidden", 10**9], ["--tasks", 10**6], ["--trajectories", 10**8], ["--horizon", 10**9]):
+    for words in (["--hidden", 10**9], ["--tasks", 10**9], ["--trajectories", 10**8], ["--horizon", 10**9]):
         error = refused(capsys, tmp_path, *words)
         assert "run.py: this needs " in error and "GiB of memory at the least, and the machine has" in error
     assert not any(tmp_path.iterdir())
