@@ -34,7 +34,7 @@ def init(obs_dim, head, generators, hidden=(64, 64), critic=False):
     """θ: a dict of leaves (S, 1, ...) for S = len(generators) runs; `critic` adds V(s) as a second MLP."""
     theta = init_mlp("policy", [obs_dim, *hidden, head.size], generators)
     if isinstance(head, Gaussian):
-        theta["policy.log_std"] = torch.zeros(len(generators), 1, 1, head.size)
+        theta["policy.raw_std"] = torch.zeros(len(generators), 1, 1, head.size)
     if critic:
         theta |= init_mlp("critic", [obs_dim, *hidden, 1], generators)
     return {name: p.requires_grad_() for name, p in theta.items()}
@@ -96,25 +96,29 @@ class Gaussian:
     """Actions in a box, scaled to [−1, 1] per dimension: N(mean(s), σ²), σ learned and the same in every state.
 
     Actions and noise are (B, N, size). The environment clips what falls outside the box; the density is that of the
-    action before clipping, so the policy gradient stays exact. σ begins at 1 and never acts smaller than `min_std`:
-    the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when σ shrinks further.
+    action before clipping, so ∇ log π is exact.
+    σ = m + x + √(x² + (1 − m)²) of a learned x, where m is `min_std`: at x = 0 it is 1 with slope 1, like exp(x). It
+    stays above m because the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when σ shrinks
+    further. Near m the slope falls as 1/x² only, so σ never freezes there, as it would if it were clipped. A square
+    root has the same bits in numpy and torch, and in any batch.
     """
 
     def __init__(self, size, min_std=0.5):
         self.size = size
         self.min_std = min_std
 
-    def log_std(self, params, xp=torch):  # (B, 1, size)
-        log_std = params["policy.log_std"]
-        return xp.clip(log_std.reshape(-1, *log_std.shape[2:]), math.log(self.min_std), None)
+    def std(self, params, xp=torch):  # (B, 1, size)
+        x = params["policy.raw_std"]
+        x = x.reshape(-1, *x.shape[2:])
+        return self.min_std + x + xp.sqrt(x * x + (1 - self.min_std) ** 2)
 
     def sample(self, params, outputs, noise, xp=torch):
-        return outputs + xp.exp(self.log_std(params, xp)) * noise
+        return outputs + self.std(params, xp) * noise
 
     def log_prob(self, params, outputs, actions):
-        log_std = self.log_std(params)
-        z = (actions - outputs) * (-log_std).exp()
-        return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        std = self.std(params)
+        z = (actions - outputs) / std
+        return (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def make_head(actions):

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -86,9 +87,10 @@ def test_categorical_is_torchs():
 def test_gaussian_is_torchs():
     theta, params, batch = example(Gaussian(2))
     with torch.no_grad():
-        theta["policy.log_std"].copy_(torch.randn(S, 1, 1, 2).abs())
+        theta["policy.raw_std"].copy_(torch.randn(S, 1, 1, 2))
     outputs, actions = torch.randn(2, S * M, 7, 2, dtype=torch.float64)
-    std = params["policy.log_std"].reshape(S * M, 1, 2).exp()
+    raw = params["policy.raw_std"].reshape(S * M, 1, 2)
+    std = 0.5 + raw + (raw.square() + 0.25).sqrt()
     expected = torch.distributions.Normal(outputs, std).log_prob(actions).sum(-1)
     torch.testing.assert_close(Gaussian(2).log_prob(params, outputs, actions), expected)
 
@@ -142,8 +144,9 @@ def test_baseline_step_takes_each_steps_mean_over_trajectories_first():
 
 
 def test_gaussians_std_has_a_floor():
-    params = {"policy.log_std": torch.full((1, 1, 1, 1), -9.0)}
-    assert Gaussian(1, min_std=0.25).sample(params, torch.zeros(1, 1, 1), torch.ones(1, 1, 1)).item() == 0.25
+    params = {"policy.raw_std": torch.full((1, 1, 1, 1), -9.0)}
+    std = Gaussian(1, min_std=0.25).sample(params, torch.zeros(1, 1, 1), torch.ones(1, 1, 1)).item()
+    assert 0.25 < std < 0.29  # 0.25 + 0.75² / (2 · 9), nearly
 
 
 def test_whitening_equal_values_gives_zeros():
@@ -342,3 +345,44 @@ def test_naive_and_lvc_hessians_are_wrong_by_just_the_terms_they_drop(mdp):
     assert cosine(hessian(expected_surrogate("dice"), theta), true) == pytest.approx(1)
     assert cosine(naive, true) == pytest.approx(-0.365, abs=0.001)  # it points the wrong way
     assert cosine(lvc, true) == pytest.approx(0.853, abs=0.001)
+
+
+# --- σ of the Gaussian ---
+
+
+def test_gaussians_std_begins_at_one_with_slope_one_and_rises_smoothly_above_its_floor():
+    raw = torch.linspace(-50, 10, 6001, dtype=torch.float64)[:, None, None, None].requires_grad_()
+    std = Gaussian(1, min_std=0.25).std({"policy.raw_std": raw}).flatten()
+    (slope,) = torch.autograd.grad(std.sum(), raw)
+    assert (std > 0.25).all() and (slope > 0).all() and (std.diff() > 0).all()
+    torch.testing.assert_close(slope.flatten()[1:-1], (std[2:] - std[:-2]) / 0.02, atol=1e-4, rtol=0)
+    start = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    one = Gaussian(1, min_std=0.25).std({"policy.raw_std": start})
+    assert one.item() == 1 and torch.autograd.grad(one.sum(), start)[0].item() == 1
+
+
+@pytest.mark.parametrize("raw", [-9.0, -1.0, 0.0, 2.0])
+def test_gradients_and_hessians_of_the_gaussian_are_those_of_finite_differences(raw):
+    outputs, actions = torch.randn(2, 1, 7, 2, generator=seeded()[0], dtype=torch.float64)
+
+    def log_prob(x):
+        return Gaussian(2).log_prob({"policy.raw_std": x}, outputs, actions)
+
+    x = torch.full((1, 1, 1, 2), raw, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_prob, x) and torch.autograd.gradgradcheck(log_prob, x)
+
+
+def test_gaussians_std_has_a_gradient_at_its_floor_in_float32():
+    raw = torch.full((1, 1, 1, 1), -20.0, requires_grad=True)
+    std = Gaussian(1).std({"policy.raw_std": raw})
+    assert std.item() < 0.51  # 0.5 + 0.5² / (2 · 20)
+    assert torch.autograd.grad(std.sum(), raw)[0].item() == pytest.approx(0.25 / (2 * 20**2), rel=0.01)
+
+
+def test_numpy_and_torch_take_the_same_std_bit_for_bit():
+    raw = torch.randn(3, 5, 1, 2, generator=seeded()[0])
+    by_torch = Gaussian(2).std({"policy.raw_std": raw})
+    by_numpy = Gaussian(2).std({"policy.raw_std": raw.numpy()}, numpy)
+    assert by_numpy.dtype == numpy.float32 and torch.equal(by_torch, torch.from_numpy(by_numpy))
+    alone = [Gaussian(2).std({"policy.raw_std": raw[s : s + 1]}) for s in range(3)]
+    assert torch.equal(by_torch, torch.cat(alone))
