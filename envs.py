@@ -407,12 +407,21 @@ def geometric_median(points, iterations=100):
 
 
 def held_out_tasks(env, bounds=None):
-    """A fixed grid over Φ, or over `bounds` [low, high] for each component of φ, ends included: (G, P), 11 values of
-    one parameter, 5 of each of several."""
+    """A fixed grid inside Φ, or inside `bounds` [low, high] for each component of φ: (G, P).
+
+    The midpoints of 10 equal cells of one parameter, of 6 × 6 of two, of 4 each of more. An even number of cells keeps
+    the mean task, on which directed learners train, off the grid; where ρ is skewed and it is on it, two cells more.
+    """
     low, high = (env.low, env.high) if bounds is None else (bounds[::2], bounds[1::2])
-    count = 11 if len(low) == 1 else 5
-    axes = [np.linspace(*ends, count) for ends in zip(low, high, strict=True)]
+    count = {1: 10, 2: 6}.get(len(low), 4)
+    axes = [midpoints(*ends, count) for ends in zip(low, high, strict=True)]
+    if all(np.isclose(axis, mean).any() for axis, mean in zip(axes, mean_task(env), strict=True)):
+        axes = [midpoints(*ends, count + 2) for ends in zip(low, high, strict=True)]
     return torch.tensor(list(itertools.product(*axes)), dtype=torch.get_default_dtype())
+
+
+def midpoints(low, high, count):
+    return low + (high - low) * (np.arange(count) + 0.5) / count
 
 
 # --- rollouts ---
