@@ -281,3 +281,4 @@ def ac(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda
 
 
 LOSSES = {"pg": pg, "ac": ac}
+OPTIONS = ("gamma", "estimator", "baseline", "gae_lambda", "advantages")  # of both

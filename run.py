@@ -158,7 +158,7 @@ class TaskLoss:
     def __init__(self, batch, phi, generators, own=slice(None)):
         self.env, self.sample, self.phi, self.generators, self.own = batch.env, batch.sample, phi, generators, own
         self.num_trajectories = batch.settings["trajectories"]
-        options = {key: batch.settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
+        options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
         self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
 
@@ -410,9 +410,10 @@ NEEDS = {
     "the algorithm meta-sgd or directed-meta-sgd": lambda args, algo: algo.endswith("meta-sgd"),
     "--rl ac": lambda args, algo: args.rl == "ac",
     "--watch RUN": lambda args, algo: args.watch is not None,
+    "--advantages whitened": lambda args, algo: args.advantages != "raw",
 }
 SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
-DIRECTED, META_SGD, ACTOR_CRITIC, WATCH = NEEDS
+DIRECTED, META_SGD, ACTOR_CRITIC, WATCH, WHITENED = NEEDS
 count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
@@ -459,8 +460,11 @@ SETTINGS = {
                 needs=ACTOR_CRITIC),
         Setting("estimator", "of the meta-gradient's second-order terms", "dice", default="lvc",
                 choices=policies.ESTIMATORS),
-        Setting("baseline", "what is subtracted from the advantages: each task's mean, or each time step's", "step",
-                default="task", choices=policies.BASELINES),
+        Setting("advantages", "whitened: divided by their standard deviation, γᵗ dropped; raw: Eq. 1b and 2a to the "
+                "letter, with γᵗ and without a baseline", "raw", default="whitened", choices=policies.ADVANTAGES),
+        Setting("baseline", "what is subtracted from the advantages: each task's mean, each time step's, or linear: a "
+                "least-squares fit on observation and time (Duan et al. 2016)", "step", default="task",
+                choices=policies.BASELINES, needs=WHITENED),
     ],
     "evaluation": [
         Setting("eval_every", "epochs between evaluations on held-out tasks", "10", count, 50, identity=False),
@@ -643,6 +647,7 @@ def plan(args, algo, env):
         settings[setting.name] = (list(value) if isinstance(value, tuple) else value) if applies else None
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
     settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
+    check_settings(settings)
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
     swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
@@ -658,6 +663,14 @@ def plan(args, algo, env):
         names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
         runs.append(Run(folder_of_all(args) / algo / "/".join(names), own, first_state(own, env)))
     return runs
+
+
+def check_settings(settings):
+    """Reject settings under which a run would train nothing, or that do not fit together."""
+    baseline, trajectories = settings["baseline"], settings["trajectories"]
+    if trajectories == 1 and baseline in ("step", "linear"):
+        remedy = "give --trajectories 2 or more, or --baseline task"
+        raise RunError(f"--trajectories 1: --baseline {baseline} compares trajectories of a task; {remedy}", 2)
 
 
 def folder_of_all(args):

@@ -121,7 +121,7 @@ class Policy:
         return parallel.with_numpy(partial(parallel.rollout_here, self.env, self.head), params, phi, noise)
 
     def loss(self, params, trajectories):
-        options = {key: self.settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
+        options = {key: self.settings[key] for key in policies.OPTIONS}
         return policies.LOSSES[self.settings["rl"]](params, trajectories, head=self.head, **options)
 
     def trajectories(self, episodes):
