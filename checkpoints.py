@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 3
+FORMAT = 4
 CHECKPOINT, PENDING, FAILED = "checkpoint.pt", "checkpoint.pt.tmp", "failed.txt"
 TABLES = {  # the CSV files, and their columns
     "log": ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med"],

@@ -506,3 +506,41 @@ def test_held_out_tasks_are_midpoints_of_equal_cells_and_the_mean_task_is_none_o
         torch.testing.assert_close(grid[:, i].unique(), expected, rtol=0, atol=1e-6)
     mean = torch.tensor(envs.mean_task(env), dtype=torch.float64)
     assert (grid - mean).abs().max(1).values.min() > 0.01
+
+
+@pytest.mark.parametrize("xp", [np, torch])
+def test_phi_observed_is_scaled_over_phi_at_the_end_of_every_observation_and_changes_nothing_else(xp):
+    env = replace(CARTPOLE, low=(5.0,), high=(15.0,), horizon=30)
+    oracle = envs.with_phi_observed(env)
+    assert oracle.obs_dim == 5
+    phi = torch.tensor([[[5.0], [7.5], [15.0], [20.0]]])
+    noise = draw_noise(env, generators([0], 0), 4, 3)
+    if xp is np:
+        phi, noise = phi.numpy(), {key: x.numpy() for key, x in noise.items()}
+    seen = []
+
+    def act(obs, noise):
+        seen.append(obs.shape[-1])
+        return noise.argmax(-1)
+
+    plain, got = (envs.rollout(x, act, phi, noise, xp) for x in (env, oracle))
+    assert seen[0] == 4 and seen[-1] == 5
+    plain, got = ({key: torch.as_tensor(x) for key, x in d.items()} for d in (plain, got))
+    for key in plain:
+        assert torch.equal(plain[key], got[key][..., :4] if "obs" in key else got[key]), key
+    mask = got["mask"]
+    for i, expected in enumerate((-1.0, -0.5, 1.0, 2.0)):  # (φ − 10) / 5
+        assert (got["obs"][0, i, ..., 4][mask[0, i]] == expected).all()
+    assert (got["obs"][..., 4][~mask] == 0).all()
+
+
+def test_phi_observed_reaches_gymnasium_environments_and_a_component_without_a_range_is_zero():
+    env = make("Pendulum-v1", ["g", "m"], [5, 15, 1, 1], 6)
+    oracle = envs.with_phi_observed(env)
+    assert oracle.in_workers and oracle.obs_dim == 5
+    phi = np.array([[[5.0, 1.0], [12.5, 1.0]]], np.float32)
+    noise = {key: x.numpy() for key, x in draw_noise(env, generators([0], 0), 2, 2).items()}
+    plain, got = (envs.rollout(x, lambda obs, noise: noise, phi, noise) for x in (env, oracle))
+    assert np.array_equal(plain["obs"], got["obs"][..., :3]) and np.array_equal(plain["rewards"], got["rewards"])
+    assert (got["obs"][0, 0, ..., 3] == -1).all() and (got["obs"][0, 1, ..., 3] == 0.5).all()
+    assert (got["obs"][..., 4] == 0).all() and got["obs"].dtype == np.float32
