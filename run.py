@@ -142,9 +142,15 @@ def train_epoch(batch):
         phi_med = envs.medium_task(batch.env, medium, phi, medium_rng)  # line 1: (S, 1, P)
         losses.insert(0, TaskLoss(batch, phi_med, medium_rng, pooled=medium == "pooled"))
         batch.delta.copy_(scheduled_delta(batch))
-    batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks)  # lines 4, 5: directed.py; 7 to 11: maml.py
+    start = batch.position()
+    adapted = batch.meta_learner(
+        batch.theta, *losses, batch.alpha, num_tasks
+    )  # lines 4, 5: directed.py; 7 to 11: maml.py
+    between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
+    batch.moves = between - start, batch.position() - between
     batch.epoch += 1
+    losses[-1].unmeasured = adapted
     return losses
 
 
@@ -162,9 +168,19 @@ class TaskLoss:
         options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
         self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
+        self.unmeasured = None  # parameters whose return is still to be logged, at no cost to the training
 
     def __call__(self, params):
         start = time.perf_counter()
+        trajectories = self.draw(params)
+        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
+        self.seconds += time.perf_counter() - start
+        loss = self.loss(params, trajectories)
+        self.finite = self.finite & loss.detach().isfinite().all(1)
+        return loss
+
+    def draw(self, params):
+        """Fresh trajectories, whose returns are kept; their env steps and seconds are for the caller to count."""
         noise = envs.draw_noise(self.env, self.generators, self.phi.shape[1], self.num_trajectories)
         noise = {key: x[:, self.own] for key, x in noise.items()}
         policy = maml.expand(params, self.phi.shape[1]) if self.pooled else params
@@ -172,11 +188,7 @@ class TaskLoss:
         if self.pooled:
             trajectories = {key: x.flatten(1, 2).unsqueeze(1) for key, x in trajectories.items()}  # (S, 1, K, ...)
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
-        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
-        self.seconds += time.perf_counter() - start
-        loss = self.loss(params, trajectories)
-        self.finite = self.finite & loss.detach().isfinite().all(1)
-        return loss
+        return trajectories
 
 
 def scheduled_delta(batch):
@@ -191,11 +203,16 @@ def log_epoch(batch, losses, seconds):
     """Add the epoch to every run's totals and log; returns for each run whether its losses and parameters are
     finite."""
     *_, task_loss = losses
+    if task_loss.unmeasured is not None:
+        # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
+        # its own. They are no training: neither env steps nor seconds count them (one rollout beside five).
+        task_loss.draw(task_loss.unmeasured)
     pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in (0, -1))  # (S,) each
     steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
     batch.ranks.sum([pre, post, steps, broken])  # a rank knows its own tasks' alone, but the whole medium task
     steps = steps + sum(loss.env_steps for loss in losses[:-1])
     med = losses[0].returns[0].mean(1).tolist() if len(losses) > 1 else [None] * len(batch.runs)
+    norms = step_norms(batch)
     share = 1 / len(batch.runs)  # runs of a batch share its time evenly
     for i, run in enumerate(batch.runs):
         totals, threshold = run.state["totals"], run.settings["threshold"]
@@ -206,10 +223,21 @@ def log_epoch(batch, losses, seconds):
         totals["converged"] |= threshold is not None and totals["smoothed"] > threshold
         times = [totals[key] for key in ("env_steps", "seconds", "sample_seconds")]
         run.state["epoch"] = batch.epoch
-        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i]]])
+        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i], *norms[i]]])
     finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in batch.learned]
     finite += [broken == 0, *(loss.finite.cpu() for loss in losses[:-1])]
     return torch.stack(finite).all(0).tolist()
+
+
+def step_norms(batch):
+    """How far the δ-step and the β-step moved θ, and the cosine between the two: three numbers for each run, None for
+    what there is not."""
+    moves = [move.double() for move in batch.moves]
+    delta, beta = ((move * move).sum(1).sqrt().tolist() for move in moves)
+    product = (moves[0] * moves[1]).sum(1).tolist()
+    if batch.settings["medium"] is None:
+        return [[None, b, None] for b in beta]
+    return [[d, b, p / (d * b) if d * b else None] for d, b, p in zip(delta, beta, product, strict=True)]
 
 
 def evaluate(batch):
@@ -284,6 +312,10 @@ class Batch:
         self.update_states()
         runs = [run for run, keep in zip(self.runs, kept, strict=True) if keep]
         return Batch(runs, self.env, self.head, self.sample, self.device, self.ranks) if runs else None
+
+    def position(self):
+        """All of θ, a vector for each run: (S, N)."""
+        return torch.cat([p.detach().flatten(1) for p in self.theta.values()], 1)
 
     def update_states(self):
         state = self.optimizer.state

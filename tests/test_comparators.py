@@ -219,3 +219,53 @@ def test_the_pooled_medium_task_costs_k_trajectories_and_is_the_mean_over_the_ta
         torch.testing.assert_close(theta(folder)[name], p.detach() - g, rtol=1e-5, atol=1e-5)
     expected = together["rewards"].sum(3).mean().item()
     assert float(rows(folder)[0]["return_med"]) == pytest.approx(expected, rel=1e-5)
+
+
+# --- what is logged ---
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_reptiles_return_post_is_that_after_its_last_inner_step_and_no_training(tmp_path, inner_steps):
+    """FOMAML takes the same inner steps on the same noise, and its next batch is under the same θ'."""
+    go(tmp_path, "--inner-steps", inner_steps, env="point", algo="fomaml reptile", epochs=1)
+    (fomaml,), (reptile,) = (rows(tmp_path / "point-pg" / algo / "seed1") for algo in ("fomaml", "reptile"))
+    assert reptile["return_pre"] == fomaml["return_pre"] != reptile["return_post"] == fomaml["return_post"]
+    assert int(fomaml["env_steps"]) - int(reptile["env_steps"]) == 2 * 4 * 12  # its query batch
+
+
+def test_the_norms_are_those_of_what_the_delta_and_beta_steps_moved(tmp_path):
+    """δ = 0.5 with β ≈ 0 moves θ by the δ-step alone; the rest of the way, at β = 0.5, is the β-step's."""
+    for name, beta in (("delta", 1e-30), ("both", 0.5)):
+        go(tmp_path / name, "--delta", 0.5, "--beta", beta, "--rl", "ac", env="point", algo="directed-maml", epochs=1)
+    folders = [tmp_path / name / "point-ac" / "directed-maml" / "delta0.5" / "seed1" for name in ("delta", "both")]
+    env = replace(envs.make("point"), horizon=12)
+    start = run.first_state(checkpoints.load(folders[0] / "checkpoint.pt")["settings"], env)["theta"]
+    first, second, third = (
+        torch.cat([p.detach().double().flatten() for p in parameters.values()])
+        for parameters in (start, *map(theta, folders))
+    )
+    by_delta, by_beta = second - first, third - second
+    only, both = (rows(folder)[0] for folder in folders)
+    assert float(both["delta_norm"]) == pytest.approx(by_delta.norm().item(), rel=1e-4)
+    assert float(both["beta_norm"]) == pytest.approx(by_beta.norm().item(), rel=1e-4)
+    cosine = (by_delta @ by_beta / by_delta.norm() / by_beta.norm()).item()
+    assert float(both["delta_beta_cosine"]) == pytest.approx(cosine, abs=1e-4)
+    assert only["delta_norm"] == both["delta_norm"]
+
+
+def test_undirected_runs_have_no_delta_columns_and_a_step_of_length_zero_no_cosine(tmp_path):
+    go(tmp_path, "--delta", 0, algo="maml directed-maml")
+    for row in rows(tmp_path / "cartpole-pg" / "maml" / "seed1"):
+        assert row["delta_norm"] == row["delta_beta_cosine"] == "" and float(row["beta_norm"]) > 0
+    for row in rows(tmp_path / "cartpole-pg" / "directed-maml" / "delta0" / "seed1"):
+        assert row["delta_norm"] == "0" and row["delta_beta_cosine"] == "" and float(row["beta_norm"]) > 0
+
+
+@pytest.mark.parametrize("words", [[], ["--medium", "pooled"], ["--oracle"], ["--inner-steps", 0], ["--alpha", 0]])
+def test_every_column_is_the_same_alone_and_in_a_sweep_and_after_resuming(tmp_path, words):
+    go(tmp_path / "alone", "--seed", 3, *words, algo="directed-maml", epochs=3)
+    go(tmp_path / "sweep", "--seed", 1, 2, 3, 4, 5, *words, algo="directed-maml", epochs=2)
+    go(tmp_path / "sweep", "--seed", 1, 2, 3, 4, 5, *words, "--resume", algo="directed-maml", epochs=3)
+    alone, sweep = (tmp_path / x / "cartpole-pg/directed-maml/delta0.005/seed3" for x in ("alone", "sweep"))
+    for table in ("log", "eval"):
+        assert rows(alone, table) == rows(sweep, table)
