@@ -393,10 +393,11 @@ class Ranks:
 
         def shared_meta_learner(theta, task_loss, alpha, num_tasks):
             self.take_from_first(list(theta.values()))  # after a δ-step, whose rounding may differ between machines
-            meta_learner(theta, task_loss, alpha, num_tasks // self.count)
+            returned = meta_learner(theta, task_loss, alpha, num_tasks // self.count)
             self.sum([p.grad for p in learned])
             for p in learned:
                 p.grad /= self.count if average else 1
+            return returned
 
         return meta_learner if self.count == 1 else shared_meta_learner
 
