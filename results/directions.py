@@ -5,8 +5,8 @@ takes the gradients of the loss, at the same θ, on a grid of tasks over Φ, eac
 cosine is one to the direction that all tasks share, the mean over the grid of their expected gradients; first of a
 task's expected gradient, then of an estimate from K = 10 trajectories, which is what a δ-step follows. The medium task
 is the δ-step's default, all tasks (their mean cosine) what `--medium random` takes. Expected values come from two
-halves of the repeats, so that noise does not bias them: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>). Interquartile
-means over seeds, 95% bootstrap intervals.
+halves of the repeats, so that noise does not bias them: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>). Medians
+over seeds, 95% intervals by order statistics.
 """
 
 from pathlib import Path

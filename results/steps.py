@@ -27,12 +27,12 @@ def cells(env):
 
 
 def draw(panel, env, found):
-    limit = 1.15 * max(report.iqm(steps) for *_, steps, _ in found if math.isfinite(report.iqm(steps)))
+    limit = 1.15 * max(np.median(steps) for *_, steps, _ in found if math.isfinite(np.median(steps)))
     for algo, (colour, marker, fill) in LOOKS.items():
         own = sorted((TASKS * beta + delta, steps) for a, beta, delta, steps, _ in found if a == algo)
         x = np.array([total for total, _ in own])
-        middle = np.array([report.iqm(steps) for _, steps in own])
-        low, high = (np.minimum(y, limit) for y in zip(*(report.interval(steps) for _, steps in own), strict=True))
+        middle, *ends = np.array([report.median_interval(steps, positive=True) for _, steps in own]).T
+        low, high = np.minimum(ends, limit)
         reached = np.isfinite(middle)
         look = {"color": colour, "marker": marker, "fillstyle": fill, "linestyle": "none", "label": algo}
         bars = np.stack([middle - low, high - middle])[:, reached]
@@ -60,12 +60,12 @@ def main():
         found = cells(env)
         draw(panel, env, found)
         for algo in LOOKS:
-            _, beta, delta, steps, epochs = min((x for x in found if x[0] == algo), key=lambda x: report.iqm(x[3]))
-            print(f"{env}, {algo}: β {beta:g}, δ {delta:g}: {report.with_interval(steps, report.thousands)} env steps, "
-                  f"{report.with_interval(epochs)} epochs")  # fmt: skip
+            _, beta, delta, steps, epochs = min((x for x in found if x[0] == algo), key=lambda x: np.median(x[3]))
+            print(f"{env}, {algo}: β {beta:g}, δ {delta:g}: {report.with_interval(steps, report.thousands, True)} env "
+                  f"steps, {report.with_interval(epochs, positive=True)} epochs")  # fmt: skip
     panels[0].set_ylabel("env steps to convergence")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle("Every cell of the two grids, 5 seeds: interquartile mean, 95% bootstrap interval")
+    figure.suptitle("Every cell of the two grids, 5 seeds: median, 95% interval (order statistics)")
     report.save_figure(figure, GRID / "steps.png")
 
 
