@@ -541,9 +541,13 @@ def style(labels, ramp):
     return looks
 
 
+BAND = 3  # runs from which a figure has a band; that of two is 13 times their range, and nothing else could be seen
+
+
 def over_seeds(labels):
-    """What a figure's title says of its lines and bands, if there are several runs of something."""
-    return ": median over seeds, pointwise 95% interval" if max(map(len, labels.values())) > 1 else ""
+    """What a figure's title says of its lines and bands."""
+    runs = max(map(len, labels.values()))
+    return ": median over seeds" * (runs > 1) + ", pointwise 95% interval" * (runs >= BAND)
 
 
 def save_figure(figure, path):
@@ -584,7 +588,8 @@ def draw_curves(plt, labels, path):
     for axes, (key, name) in zip(panels, AGAINST.items(), strict=True):
         for offset, (label, runs) in enumerate(labels.items()):
             x, middle, low, high = curve(runs, key)
-            axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.15, linewidth=0)
+            if len(runs) >= BAND:
+                axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.15, linewidth=0)
             axes.plot(x, middle, markevery=(offset * 16 // len(labels), 16), **looks[label])
         if (threshold := config["threshold"]) is not None:
             axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
@@ -639,7 +644,8 @@ def draw_adaptation(plt, labels, path):
         for step, (colour, mark, line) in zip(sorted({0, 1, returns.shape[1] - 1}), LOOKS, strict=False):
             middle, low, high = median_interval(returns[:, step])
             name = "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}"
-            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            if len(runs) >= BAND:
+                panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             panel.plot(x, middle, color=colour, marker=mark, markersize=4, label=name, linestyle=line)
         after = span([int(run["eval"][-1]["epoch"]) for run in runs])
         panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)}, epoch {after})", fontsize=9)
