@@ -2,8 +2,8 @@
 
 Needs numpy; figures need matplotlib. run.py writes all this after training; `python report.py FOLDER ..` rewrites it.
 
-Statistics over seeds as rliable does them (Agarwal et al. 2021): the interquartile mean (IQM), and 95% percentile
-bootstrap intervals.
+Statistics over seeds: medians, paired speed-ups and probabilities of improvement, with 95% intervals that were
+calibrated at 3 to 10 seeds.
 """
 
 import csv
@@ -20,7 +20,6 @@ import numpy as np
 from checkpoints import write_atomically
 
 EMA = 0.9  # the paper's smoothing factor
-RESAMPLES = 1000
 # Okabe & Ito's colours, told apart by colour-blind readers; line style and marker tell the rest.
 COLOURS = {"maml": "#0072B2", "fomaml": "#D55E00", "meta-sgd": "#009E73", "reptile": "#CC79A7"}
 MARKERS = "osD^vPX*<>"
@@ -43,19 +42,94 @@ def smoothed(average, value, factor=EMA):
     return value if math.isnan(average) else factor * average + (1 - factor) * value
 
 
-def iqm(values, axis=0):
-    """Interquartile mean: the mean of what is left without the lowest and the highest quarter (rounded down)."""
-    values = np.sort(np.asarray(values, dtype=float), axis=axis)
-    cut = values.shape[axis] // 4
-    return np.take(values, range(cut, values.shape[axis] - cut), axis=axis).mean(axis)
+# How far the range of 2, 3 or 4 values is widened on each side, in ranges, to hold a normal's median 95 times in 100:
+# P(lowest > c · range) = 0.025. For 2 this is Student's t; 5 and more need no assumption.
+WIDENED = {2: 5.853, 3: 0.8133, 4: 0.2385}
 
 
-def interval(values, axis=0):
-    """The IQM's 95% percentile bootstrap interval over `axis`, the seeds: (low, high)."""
-    values = np.moveaxis(np.asarray(values, dtype=float), axis, 0)
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    means = np.sort(iqm(values[draws], axis=1), axis=0)
-    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+def median_interval(values, positive=False):
+    """The median over axis 0, the seeds, and a 95% interval for the population's median: (middle, low, high).
+
+    From 5 values on, order statistics: P(x₍d₎ ≤ median ≤ x₍ₙ₊₁₋d₎) = 1 − 2 P(B < d), B ~ binomial(n, 1/2), whatever
+    the distribution; interpolated between the two d around 95% (Hettmansperger & Sheather 1986). Of 5 values it is the
+    range, 93.75%. Below 5 it is the range widened as for normal values, or for log-normal ones where `positive`.
+    Equal values give a point; one value has no interval (NaN). An infinite value is a value like others: below 5, where
+    `positive`, the interval is then 0 to infinity. In one dimension NaN is absent.
+
+    Coverage, measured with 200,000 samples; below 5 values with `positive` in the columns marked *:
+        values   normal   log-normal*, σ 0.5   exponential*   Student's t, 3 degrees   log-normal*, 20% infinite
+             3    0.949                0.950          0.950                    0.962                       0.960
+             5    0.938                0.938          0.937                    0.938                       0.937
+            10    0.949                0.949          0.948                    0.950                       0.948
+    At 3 it depends on the shape: 0.935 for exponential values without `positive`, 0.90 for two separate clusters.
+    Student's t for a mean fails on exponential values, 0.886, 0.882, 0.900; on normal ones it is 9% narrower at 10.
+    """
+    values = np.sort(np.asarray(values, dtype=float), axis=0)  # (n, ...)
+    values = values[~np.isnan(values)] if values.ndim == 1 else values
+    n = len(values)
+    if n < 2:
+        return (values[0] if n else math.nan), *np.full((2, *values.shape[1:]), math.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        middle = np.median(values, axis=0)
+        if n not in WIDENED:
+            return middle, *between_ranks(values)
+        low, high = np.log(values[[0, -1]]) if positive else values[[0, -1]]
+        margin = np.where(low == high, 0, WIDENED[n] * (high - low))  # infinite where one is
+        ends = low - margin, high + margin
+        return middle, *(np.exp(ends) if positive else ends)
+
+
+def between_ranks(values):
+    """The order-statistic interval of sorted values (n ≥ 5, ...); an end is not interpolated where it is infinite."""
+    n = len(values)
+    holds = 1 - 2 * np.cumsum([math.comb(n, k) / 2**n for k in range(n // 2 + 1)])  # of d = 1, 2, ..
+    d = max(int((holds >= 0.95).sum()), 1)
+    excess = (holds[d - 1] - 0.95) / (holds[d - 1] - holds[d])
+    weight = max((n - d) * excess / (d + (n - 2 * d) * excess), 0)  # Hettmansperger & Sheather's λ
+    pairs = (values[d - 1], values[d]), (values[n - d], values[n - d - 1])
+    return (
+        np.where(np.isfinite(outer) & np.isfinite(inner), (1 - weight) * outer + weight * inner, outer)
+        for outer, inner in pairs
+    )
+
+
+def ratio_interval(theirs, ours):
+    """Median of theirs/ours over the seeds that both {seed: value} have, all positive: (middle, low, high).
+
+    It is exp of the `median_interval` of log theirs − log ours, so coverage is as there. A ratio is 0 where only ours
+    is infinite, and infinite where only theirs is. Where both are it can be anything: 0 for the low end, infinite for
+    the high one, and the middle is NaN if that decides it. Without a common seed everything is NaN.
+    """
+    pairs = [(theirs[seed], ours[seed]) for seed in theirs if seed in ours]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        logs = np.array([np.log(a) - np.log(b) for a, b in pairs if not math.isnan(a + b)])
+    least, most = (median_interval(np.where(np.isnan(logs), end, logs)) for end in (-math.inf, math.inf))
+    return np.exp(least[0] if least[0] == most[0] else math.nan), np.exp(least[1]), np.exp(most[2])
+
+
+def probability_interval(ours, theirs):
+    """P = P(a run of ours < one of theirs), ties half, from all pairs, and its 95% interval: (p, low, high).
+
+    Newcombe 2006, Statistics in Medicine 25:559, method 5: all P with (p − P)² ≤ 1.96² V(P), where
+    V(P) = P (1 − P) [1 + k ((1 − P)/(2 − P) + P/(1 + P))] / (m n) and k = (m + n)/2 − 1.
+    It is never a point: if all pairs of 5 and 5 runs agree it is 0.64 to 1.
+    Coverage, measured for P from 0.5 to 0.95, each distribution shifted (exponential: scaled; log-normal is as normal):
+        values           normal      exponential   Student's t, 3 degrees
+             3   0.901 to 0.959   0.898 to 0.956           0.902 to 0.959
+             5   0.945 to 0.966   0.942 to 0.962           0.937 to 0.962
+            10   0.947 to 0.965   0.949 to 0.957           0.945 to 0.954
+    Least at P = 0.99: 0.91; where one scale is 3 times the other: 0.86, 0.92, 0.91 at 3, 5, 10. Where the runs of equal
+    seeds are correlated it is wider than need be: 0.95 to 1.
+    """
+    ours, theirs = (np.array([x for x in values if not math.isnan(x)]) for values in (ours, theirs))
+    if not len(ours) or not len(theirs):
+        return math.nan, math.nan, math.nan
+    p = np.mean((ours[:, None] < theirs) + 0.5 * (ours[:, None] == theirs))
+    grid = np.linspace(0, 1, 10001)
+    k = (len(ours) + len(theirs)) / 2 - 1
+    variance = grid * (1 - grid) * (1 + k * ((1 - grid) / (2 - grid) + grid / (1 + grid))) / (len(ours) * len(theirs))
+    inside = grid[(p - grid) ** 2 <= 1.96**2 * variance]
+    return p, inside[0], inside[-1]
 
 
 # --- reading ---
@@ -69,7 +143,7 @@ def read(root):
             run = read_run(path.parent)
             phi = phi or run["config"]["phi_names"]
             if run["config"]["phi_names"] != phi:
-                raise ValueError(f"{path}: its φ is {run['config']['phi']}, that of the runs before {phi}")
+                raise ValueError(f"{path}: its φ is {run['config']['phi_names']}, that of the runs before {phi}")
         except ValueError as error:
             left_out.append(f"{error}; the run is left out of the report")
             continue
@@ -92,7 +166,7 @@ def read_run(folder):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
     if any(len(row["phi"].split()) != len(run["config"]["phi_names"]) for row in run["eval"]):
-        raise ValueError(f"{folder / 'eval.csv'}: damaged (a φ does not consist of {run['config']['phi']})")
+        raise ValueError(f"{folder / 'eval.csv'}: damaged (a φ does not consist of {run['config']['phi_names']})")
     return run
 
 
@@ -240,23 +314,28 @@ def thousands(x):
     return f"{x / 1e6:.3g}M" if x >= 1e6 else f"{x / 1e3:.3g}k" if x >= 1e3 else f"{x:g}"
 
 
-def with_interval(values, show="{:.4g}".format):
-    """IQM [low, high]; what was never reached counts as infinite and shows as such; – where there is nothing."""
+def with_interval(values, show="{:.4g}".format, positive=False):
+    """Median [low, high]; what was never reached counts as infinite and shows as such; one value stands alone; – where
+    there is nothing."""
     values = [x for x in values if not math.isnan(x)]
     if not values:
         return "–"
-    low, high = interval(values)
-    return "{} [{}, {}]".format(*(show(x) if math.isfinite(x) else "never" for x in (iqm(values), low, high)))
+    middle, low, high = (show(x) if math.isfinite(x) else "never" for x in median_interval(values, positive))
+    return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
+
+
+def speed_up(theirs, ours):
+    """Their median multiple of ours, with its interval; – for what the runs do not tell."""
+    middle, low, high = (
+        "–" if math.isnan(x) else thousands(x) if math.isfinite(x) else "∞" for x in ratio_interval(theirs, ours)
+    )
+    middle += "×" * (middle != "–")
+    return middle if low == "–" else f"{middle} [{low}, {high}]"
 
 
 def improvement(ours, theirs):
-    """The probability that a run of ours needs less than one of theirs, ties half, with its 95% bootstrap interval."""
-    ours, theirs = np.array(ours), np.array(theirs)
-    wins = (ours[:, None] < theirs) + 0.5 * (ours[:, None] == theirs)
-    rng = np.random.default_rng(0)
-    draws = [rng.integers(len(x), size=(RESAMPLES, len(x))) for x in (ours, theirs)]
-    means = np.sort(wins[draws[0][:, :, None], draws[1][:, None, :]].mean((1, 2)))
-    return f"{wins.mean():.2f} [{means[int(0.025 * RESAMPLES)]:.2f}, {means[int(0.975 * RESAMPLES)]:.2f}]"
+    """The probability that a run of ours needs less than one of theirs, with its interval."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*probability_interval(ours, theirs))
 
 
 SPENT = ["epoch_to_convergence", "env_steps_to_convergence", "seconds_to_convergence"]
@@ -279,15 +358,15 @@ def cells(name, label, labels):
         "s per epoch": plus_minus(mean, std),
         "s per 1000 epochs": plus_minus(1000 * means.mean(), 1000 * means.std()),
         "converged": f"{sum(map(math.isfinite, runs[SPENT[0]]))}/{count}",
-        "epochs to convergence": with_interval(runs[SPENT[0]]),
-        "env steps to convergence": with_interval(runs[SPENT[1]], thousands),
-        "s to convergence": with_interval(runs[SPENT[2]], thousands),
+        "epochs to convergence": with_interval(runs[SPENT[0]], positive=True),
+        "env steps to convergence": with_interval(runs[SPENT[1]], thousands, positive=True),
+        "s to convergence": with_interval(runs[SPENT[2]], thousands, positive=True),
         "final return": with_interval(of_sound_runs(runs, "final_return")),
         "spread": with_interval(of_sound_runs(runs, "spread")),
         "held-out before": after[0],
         "held-out after": after[min(int(runs["inner_steps"][0]), len(after) - 1)],
         **by_steps,
-        "speed-up by δ: epochs, steps, s": ratios,
+        "speed-up by δ: epochs; steps; s": ratios,
         "P(fewer epochs by δ)": probability,
     }
 
@@ -308,17 +387,21 @@ def by_inner_steps(runs):
 
 
 def by_delta(label, labels):
-    """The twin's epochs, env steps and seconds over these runs', and the probability that these need fewer epochs. The
-    twin has no δ-step, or δ = 0."""
+    """The twin's epochs, env steps and seconds over these runs', seed by seed, and the probability that these need
+    fewer epochs. The twin has no δ-step, or δ = 0."""
     runs, twin = labels[label], None
     algo = runs["algo"][0]
     if algo in DIRECTED and label != f"{algo}, δ = 0":
         twin = labels.get(algo.removeprefix("directed-"), labels.get(f"{algo}, δ = 0"))
     if not twin:
         return "–", "–"
-    pairs = [(iqm(twin[key]), iqm(runs[key])) for key in SPENT]
-    ratios = (f"{a / b:.2f}×" if math.isfinite(a) and math.isfinite(b) else "–" for a, b in pairs)
-    return ", ".join(ratios), improvement(runs[SPENT[0]], twin[SPENT[0]])
+    probability = improvement(runs[SPENT[0]], twin[SPENT[0]])
+    if any(
+        len(set(columns["seed"])) < len(columns["seed"]) for columns in (runs, twin)
+    ):  # they differ in other settings
+        return "–", probability
+    pairs = ([dict(zip(x["seed"], x[key], strict=True)) for x in (twin, runs)] for key in SPENT)
+    return "; ".join(speed_up(*pair) for pair in pairs), probability
 
 
 def markdown(lines):
@@ -348,14 +431,26 @@ runs; runs trained in one batch share its time evenly. Convergence: the first ep
 adaptation, smoothed (EMA {EMA}), is above {threshold}; a run that never gets there counts as infinite ("never") and is
 not dropped. Final return: mean return after adaptation over the last tenth of the epochs; spread: its standard
 deviation over the last 100. Held-out: mean return over the fixed grid of tasks inside Φ at the last evaluation, before
-adaptation and after as many inner steps as in training (at most {config["eval_steps"]}). Convergence and returns are
-interquartile means over seeds with 95% bootstrap intervals. Speed-up: the undirected twin's (or that of δ = 0)
-interquartile mean over this one's; P: the probability that a run with the δ-step needs fewer epochs than one without.
+adaptation and after as many inner steps as in training (at most {config["eval_steps"]}).
+
+{about_intervals(labels)}
 
 ## Held-out return by inner steps
 
 {by_steps}
 """
+
+
+def about_intervals(labels):
+    """What the report says of its statistics: which intervals, and how many arms are compared."""
+    if max(map(len, labels.values())) == 1:
+        return "There is one run for each line, so nothing has an interval."
+    return f"""Convergence and returns are medians over seeds with 95% intervals for the median: from 5 runs on by order
+statistics, whatever the distribution (5 runs: 93.75%); below 5 by the range, widened as for normal returns and for
+log-normal convergence; one run has no interval. Speed-up, for epochs; env steps; s: the undirected twin's number (or
+that of δ = 0) over this one's, seed by seed, the median over the seeds that both have, with the same interval on the
+log. P: the probability that a run with the δ-step needs fewer epochs than one without, ties half, with Newcombe's
+interval (method 5). Number of arms compared: {len(labels)}; no interval is adjusted for it: about one in 20 misses."""
 
 
 # --- the figures ---
@@ -382,6 +477,15 @@ def style(labels, ramp):
     return looks
 
 
+BAND = 3  # runs from which a figure has a band; that of two is 13 times their range, and nothing else could be seen
+
+
+def over_seeds(labels):
+    """What a figure's title says of its lines and bands."""
+    runs = max(map(len, labels.values()))
+    return ": median over seeds" * (runs > 1) + ", pointwise 95% interval" * (runs >= BAND)
+
+
 def save_figure(figure, path):
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
@@ -392,19 +496,19 @@ AGAINST = {"epoch": "epoch", "env_steps": "environment steps", "seconds": "secon
 
 
 def curve(runs, key, points=200):
-    """Smoothed return after adaptation against a log column: (x, IQM, low, high), (points,) each.
+    """Smoothed return after adaptation against a log column: (x, median, low, high), (points,) each.
 
     It ends where the first run ends; one that failed keeps its last return.
     """
     ends = [run["log"][key][-1] for run in runs if not run["failed"]] or [max(run["log"][key][-1] for run in runs)]
     x = np.linspace(max(run["log"][key][0] for run in runs), min(ends), points)
     smooth = np.stack([np.interp(x, run["log"][key], ema(run["log"]["return_post"])) for run in runs])
-    return x, iqm(smooth), *interval(smooth)
+    return x, *median_interval(smooth)
 
 
 def curves(labels):
     """curves.csv: the lines of curves.png at 40 points each."""
-    lines = ["label,against,x,iqm,low,high"]
+    lines = ["label,against,x,median,low,high"]
     for label, runs in labels.items():
         for key in AGAINST:
             for numbers in zip(*curve(runs, key, 40), strict=True):
@@ -420,7 +524,8 @@ def draw_curves(plt, labels, path):
     for axes, (key, name) in zip(panels, AGAINST.items(), strict=True):
         for offset, (label, runs) in enumerate(labels.items()):
             x, middle, low, high = curve(runs, key)
-            axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.15, linewidth=0)
+            if len(runs) >= BAND:
+                axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.15, linewidth=0)
             axes.plot(x, middle, markevery=(offset * 16 // len(labels), 16), **looks[label])
         if (threshold := config["threshold"]) is not None:
             axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
@@ -429,7 +534,7 @@ def draw_curves(plt, labels, path):
         axes.set(xlabel=name)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"mean return after adaptation (undiscounted, EMA {EMA})")
-    figure.suptitle(f"{config['env']}, {config['rl']}: interquartile mean over seeds, 95% bootstrap interval")
+    figure.suptitle(f"{config['env']}, {config['rl']}{over_seeds(labels)}")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     save_figure(figure, path)
@@ -473,14 +578,15 @@ def draw_adaptation(plt, labels, path):
         config = runs[0]["config"]
         x, returns = held_out(runs)
         for step, (colour, mark, line) in zip(sorted({0, 1, returns.shape[1] - 1}), LOOKS, strict=False):
-            low, high = interval(returns[:, step])
+            middle, low, high = median_interval(returns[:, step])
             name = "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}"
-            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            panel.plot(x, iqm(returns[:, step]), color=colour, marker=mark, markersize=4, label=name, linestyle=line)
+            if len(runs) >= BAND:
+                panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.plot(x, middle, color=colour, marker=mark, markersize=4, label=name, linestyle=line)
         after = span([int(run["eval"][-1]["epoch"]) for run in runs])
         panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)}, epoch {after})", fontsize=9)
         panel.grid(alpha=0.3)
-    figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks at the last evaluation")
+    figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks at the last evaluation{over_seeds(labels)}")
     for column in range(columns):  # the lowest panel of each column
         lowest = panels.flat[max(range(column, len(labels), columns))]
         lowest.set_xlabel(

@@ -3,30 +3,150 @@
 import builtins
 import json
 import math
+import shutil
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 import report
 
+DISTRIBUTIONS = {  # name: (samples of a shape, their median, positive)
+    "normal": (lambda rng, shape: rng.normal(size=shape), 0, False),
+    "log-normal": (lambda rng, shape: np.exp(0.5 * rng.normal(size=shape)), 1, True),
+    "exponential": (lambda rng, shape: rng.exponential(size=shape), math.log(2), True),
+    "heavy tails": (lambda rng, shape: rng.standard_t(3, size=shape), 0, False),
+    "a third never": (lambda rng, shape: never(rng.uniform(size=shape)), 0.5, True),
+}
 
-def test_iqm_is_the_mean_without_the_outer_quarters():
-    assert report.iqm([100, 1, 2, 3, -50]) == 2  # five runs: one dropped on each side
-    assert report.iqm([1, 2]) == 1.5 and report.iqm([7]) == 7
-    assert report.iqm([1, 2, 3, math.inf, math.inf]) == math.inf  # two of five never got there
-    assert report.iqm([1, 2, 3, 4, math.inf]) == 3
-    np.testing.assert_array_equal(report.iqm(np.array([[0, 9], [1, 5], [2, 4], [3, 0]])), [1.5, 4.5])
+
+def never(x):
+    """Uniform on (0, 1), infinite above 2/3: the median is 1/2."""
+    return np.where(x > 2 / 3, math.inf, x)
 
 
-def test_interval_covers_the_mean_of_normal_samples_about_95_times_in_100():
+# The exact coverage of 5 values is 1 - 2 / 2⁵ = 0.9375, and the others' is 0.948 or more. The Monte Carlo error of
+# 40,000 samples is √(0.94 · 0.06 / 40,000) = 0.0012, so 0.93, the least we want, needs no tolerance.
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_an_interval_holds_the_median_at_least_93_times_in_100(n, name):
+    draw, median, positive = DISTRIBUTIONS[name]
+    _, low, high = report.median_interval(draw(np.random.default_rng(n), (n, 40_000)), positive)
+    assert 0.93 <= np.mean((low <= median) & (median <= high)) <= 0.975
+
+
+def test_of_5_values_or_more_the_interval_needs_no_assumption_and_below_it_does():
+    """Two clusters, 40% at 0 and 60% at 3, σ 0.2. Below the median is the lower cluster and what lies of the upper one
+    below it, 1/6: 3 + 0.2 Φ⁻¹(1/6)."""
     rng = np.random.default_rng(1)
-    hits = [low <= 0 <= high for low, high in (report.interval(rng.normal(size=20)) for _ in range(200))]
-    assert 0.85 <= np.mean(hits) <= 0.99
+    coverage = {}
+    for n in (3, 5, 10):
+        values = 0.2 * rng.normal(size=(n, 40_000)) + 3 * (rng.random((n, 40_000)) > 0.4)
+        _, low, high = report.median_interval(values)
+        median = 3 + 0.2 * NormalDist().inv_cdf(1 / 6)
+        coverage[n] = np.mean((low <= median) & (median <= high))
+    assert 0.89 < coverage[3] < 0.91 and 0.93 < coverage[5] < 0.95 and 0.94 < coverage[10] < 0.96
 
 
-def test_interval_of_equal_values_is_a_point_and_infinite_values_pass_through():
-    assert report.interval([3, 3, 3]) == (3, 3)
-    assert report.interval([math.inf] * 4) == (math.inf, math.inf)
+@pytest.mark.parametrize("n", report.WIDENED)
+def test_the_widened_range_of_normal_values_lies_above_their_median_once_in_40(n):
+    """P(lowest > c · (highest - lowest)) = n ∫ φ(x) [Φ(x + x/c) - Φ(x)]ⁿ⁻¹ dx over the lowest value x > 0."""
+    phi = np.vectorize(NormalDist().cdf)
+    x = np.linspace(0, 8, 4001)
+    others = (phi(x + x / report.WIDENED[n]) - phi(x)) ** (n - 1)
+    density = n * np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * others
+    assert (density[1:] + density[:-1]).sum() / 2 * x[1] == pytest.approx(0.025, abs=1e-5)
+
+
+def test_intervals_of_the_median_by_hand():
+    assert report.median_interval([5, 1, 4, 2, 3]) == (3, 1, 5)  # the range, 1 - 2/2⁵
+    assert report.median_interval([5, 1, 4, math.nan, 2, 3]) == (3, 1, 5)
+    # Two values: Student's t, 0 ± 12.706 s/√2 with s = √2, which is how WIDENED is rounded: to 0.01%.
+    np.testing.assert_allclose(report.median_interval([-1, 1]), (0, -12.706, 12.706), rtol=1e-4)
+    # and on the log the mean of log 1 and log e², so 1 ± the same
+    ends = np.log(report.median_interval([1, math.e**2], positive=True)[1:])
+    np.testing.assert_allclose(ends, (1 - 12.706, 1 + 12.706), rtol=1e-4)
+    # Ten: (x₍₂₎, x₍₉₎) holds 1 - 2·11/1024 = 0.9785, (x₍₃₎, x₍₈₎) 1 - 2·56/1024 = 0.8906. I = (0.9785 - 0.95) /
+    # (0.9785 - 0.8906) = 0.3244; λ = 8 I / (2 + 6 I) = 0.6577.
+    np.testing.assert_allclose(report.median_interval(range(1, 11)), (5.5, 2.6577, 8.3423), atol=1e-4)
+    columns = np.stack([np.arange(10), 7 * np.arange(10)], 1)
+    both = [report.median_interval(column) for column in columns.T]
+    np.testing.assert_allclose(report.median_interval(columns), np.transpose(both))
+
+
+def test_equal_values_give_a_point_and_one_has_no_interval():
+    for n in (2, 3, 4, 5, 6, 10):
+        for value in (3, math.inf):
+            assert report.median_interval([value] * n, positive=True) == pytest.approx((value,) * 3)
+    assert report.median_interval([7])[0] == 7 and np.isnan(report.median_interval([7])[1:]).all()
+    assert np.isnan(report.median_interval([math.nan])).all()
+    assert report.with_interval([61, math.nan]) == "61" and report.with_interval([math.nan]) == "–"
+
+
+def test_runs_that_never_converge_count_as_infinite():
+    inf = math.inf
+    assert report.median_interval([1, 2, 3, 4, inf], positive=True) == (3, 1, inf)
+    assert report.median_interval([1, 2, inf, inf, inf], positive=True) == (inf, 1, inf)
+    assert report.median_interval([1, 2, inf], positive=True) == (2, 0, inf)  # three such runs say nothing
+    # ten runs: no interpolation where an end is infinite; the second and the ninth
+    assert report.median_interval([1, 2, *[inf] * 8], positive=True) == (inf, 2, inf)
+    assert report.median_interval([*[1] * 8, inf, inf], positive=True) == (1, 1, inf)
+    assert report.with_interval([60, 70, 80, 90, inf], positive=True) == "80 [60, never]"
+
+
+def test_ratios_are_paired_by_seed():
+    theirs, ours = {1: 2, 2: 6, 3: 12, 4: 20, 5: 30, 6: 1}, {5: 5, 4: 4, 3: 3, 2: 2, 1: 1, 7: 9}
+    np.testing.assert_allclose(report.ratio_interval(theirs, ours), (4, 2, 6))  # 2, 3, 4, 5 and 6: their range
+    assert report.speed_up(theirs, ours) == "4× [2, 6]"
+    assert report.speed_up({1: 3}, {1: 2}) == "1.5×" and report.speed_up({1: 3}, {2: 2}) == "–"
+    assert report.speed_up({1: math.nan, 2: 4}, {1: 1, 2: 2}) == "2×"
+
+
+def test_ratios_of_runs_that_never_converge():
+    never, ours = math.inf, dict.fromkeys(range(5), 1.0)
+    theirs = {0: 2, 1: 2, 2: 3, 3: 3, 4: never}
+    assert report.speed_up(theirs, ours) == "3× [2, ∞]"
+    assert report.speed_up(ours, theirs) == "0.333× [0, 0.5]"
+    both = ours | {4: never}  # that of 4 can be anything from 0 to infinity, and the median anything from 2 to 3
+    assert report.speed_up({0: 2, 1: 2, 2: 3, 3: 3, 4: never}, both) == "– [0, ∞]"
+    assert report.speed_up({0: 2, 1: 3, 2: 3, 3: 3, 4: never}, both) == "3× [0, ∞]"
+    assert report.speed_up({0: never}, {0: never}) == "–"
+
+
+def test_an_interval_of_a_ratio_holds_the_median_ratio():
+    """Exponential times of theirs, twice as long as ours, of a seed that makes both longer or shorter by a factor."""
+    rng = np.random.default_rng(1)
+    hits = []
+    for _ in range(1000):
+        seed = np.exp(rng.normal(size=5))
+        theirs, ours = 2 * rng.exponential(size=5) * seed, rng.exponential(size=5) * seed
+        _, low, high = report.ratio_interval(dict(enumerate(theirs)), dict(enumerate(ours)))
+        hits.append(low <= 2 <= high)
+    assert abs(np.mean(hits) - 0.9375) < 4 * math.sqrt(0.9375 * 0.0625 / 1000)
+
+
+def pairs_won(n, wins):
+    """n runs and n others, such that the first need less in `wins` of the n² pairs."""
+    full, rest = divmod(wins, n)
+    return range(n), [n] * full + ([rest - 0.5] + [-1] * (n - full - 1) if full < n else [])
+
+
+# 0.93 less 4 Monte Carlo errors of 20,000 samples, √(0.93 · 0.07 / 20,000) = 0.0018; at 3 it is 0.90 where P = 1/2.
+@pytest.mark.parametrize("n, least", [(3, 0.89), (5, 0.93 - 0.0072), (10, 0.93 - 0.0072)])
+def test_the_interval_of_a_probability_of_improvement_holds_it(n, least):
+    rng = np.random.default_rng(n)
+    low, high = np.array([report.probability_interval(*pairs_won(n, wins))[1:] for wins in range(n * n + 1)]).T
+    shifts = np.sort(np.subtract(*rng.standard_t(3, size=(2, 400_000))))  # its quantiles are t's shifts
+    for p in (0.5, 0.8, 0.95):
+        others = {
+            "normal": lambda x, p=p: x + math.sqrt(2) * NormalDist().inv_cdf(p),
+            "exponential": lambda x, p=p: x * p / (1 - p),
+            "heavy tails": lambda x, p=p: x + shifts[int(p * len(shifts))],
+        }
+        for name, moved in others.items():
+            ours, theirs = (DISTRIBUTIONS[name][0](rng, (20_000, n)) for _ in range(2))
+            wins = (ours[:, :, None] < moved(theirs)[:, None, :]).sum((1, 2))
+            assert np.mean((low[wins] <= p + 1e-9) & (p - 1e-9 <= high[wins])) >= least, (name, p)
 
 
 def test_ema_by_hand():
@@ -41,9 +161,10 @@ def test_numbers_of_env_steps_are_short():
 
 def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
     folder.mkdir(parents=True)
-    config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "seed": 1, "inner_steps": 1, "eval_steps": 2}
-    config |= {"beta": 0.001, "low": [-1.0 if len(phi) > 1 else 5.0] * len(phi), "high": [15.0] * len(phi)}
-    (folder / "config.json").write_text(json.dumps(config | {"threshold": threshold, "phi": phi}))
+    config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "inner_steps": 1, "eval_steps": 2}
+    config |= {"seed": int(folder.name.removeprefix("seed")), "beta": 0.001, "threshold": threshold}
+    config |= {"phi_names": phi, "range": [-1.0 if len(phi) > 1 else 5.0, 15.0] * len(phi)}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = ["epoch,env_steps,seconds,sample_seconds,return_pre,return_post,return_med"]
     for i, x in enumerate(returns, 1):
         rows.append(f"{i},{100 * i},{seconds * i},{0.1 * i},{x - 1},{x},")
@@ -83,22 +204,38 @@ def test_the_table_by_hand(experiment):
     maml, directed = cells(experiment, "maml"), cells(experiment, "directed-maml")
     assert maml["runs"] == "3" and maml["epochs trained"] == "6" and maml["converged"] == "2/3"
     assert maml["s per epoch"] == "0.5 ± 0" and maml["s per 1000 epochs"] == "500 ± 0"
-    assert maml["epochs to convergence"].startswith("never")  # three runs: nothing is trimmed, and one is infinite
+    assert maml["epochs to convergence"] == "4 [0, never]"  # of three runs one is infinite
     assert directed["converged"] == "3/3"
     assert directed["epochs to convergence"] == "2 [2, 2]"
     assert directed["env steps to convergence"] == "200 [200, 200]"
     assert directed["s to convergence"] == "2 [2, 2]"
     assert directed["final return"] == "100 [100, 100]"
     assert directed["held-out before"] == "10 [10, 10]" and directed["held-out after"] == "11 [11, 11]"
-    assert directed["speed-up by δ: epochs, steps, s"] == "–, –, –"  # no figure against a twin that is never there
+    assert directed["speed-up by δ: epochs; steps; s"] == "2× [0, ∞]; 2× [0, ∞]; 1× [0, ∞]"  # 4/2, 4/2 and never/2
+    assert directed["P(fewer epochs by δ)"].startswith("1.00 [")
 
 
-def test_the_speed_up_is_the_twins_figure_over_ones_own(experiment, tmp_path):
-    write_run(
-        experiment / "maml" / "seed4", "maml", None, [10.0] * 3 + [100.0] * 3
-    )  # four runs: the infinite one is cut
+def test_the_report_says_which_intervals_they_are_and_how_many_arms_are_compared(experiment, tmp_path):
     report.write(experiment)
-    assert cells(experiment, "directed-maml")["speed-up by δ: epochs, steps, s"] == "2.00×, 2.00×, 1.00×"
+    text = (experiment / "report.md").read_text()
+    assert "95% intervals for the median" in text and "Number of arms compared: 2;" in text
+
+
+def test_one_run_has_no_interval(tmp_path):
+    write_run(tmp_path / "seed1", "maml", None, [10.0] * 3 + [100.0])
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "[" not in text and "95%" not in text and "one run for each line" in text
+    assert cells(tmp_path, "maml")["epochs to convergence"] == "4"
+    titles = [report.over_seeds({"maml": [None] * runs, "fomaml": [None]}) for runs in (1, 2, 3)]
+    assert titles == ["", ": median over seeds", ": median over seeds, pointwise 95% interval"]
+    assert (tmp_path / "curves.csv").read_text().splitlines()[1] == '"maml",epoch,1,10,nan,nan'
+
+
+def test_without_seeds_that_tell_runs_apart_there_is_no_paired_speed_up(experiment):
+    shutil.copytree(experiment / "maml" / "seed1", experiment / "maml" / "other" / "seed1")
+    report.write(experiment)
+    assert cells(experiment, "directed-maml")["speed-up by δ: epochs; steps; s"] == "–"
 
 
 def test_failed_runs_are_counted_and_not_dropped(experiment):
@@ -124,8 +261,8 @@ def test_held_out_tasks_inside_and_outside_phi_by_the_number_of_steps(tmp_path):
     assert [numbers[f"held_out_inside_{step}"] for step in range(3)] == [[10], [20], [30]]
     assert [numbers[f"held_out_outside_{step}"] for step in range(3)] == [[15], [30], [45]]
     line = report.cells("maml", "maml", {"maml": numbers})
-    assert line["held-out before"] == line["inside Φ, 0 steps"] == "10 [10, 10]"
-    assert line["held-out after"] == line["inside Φ, 1 step"] == "20 [20, 20]"
+    assert line["held-out before"] == line["inside Φ, 0 steps"] == "10"
+    assert line["held-out after"] == line["inside Φ, 1 step"] == "20"
     assert "outside Φ, 2 steps" in report.tables({"maml": numbers})[1]
 
 
@@ -139,7 +276,7 @@ def test_runs_evaluated_after_different_numbers_of_steps_share_a_summary(experim
     config = json.loads((experiment / "fomaml" / "seed1" / "config.json").read_text())
     (experiment / "fomaml" / "seed1" / "config.json").write_text(json.dumps(config | {"eval_steps": 1}))
     report.write(experiment)
-    assert "| fomaml | 10 [10, 10] | 11 [11, 11] | – |" in (experiment / "report.md").read_text()
+    assert "| fomaml | 10 | 11 | – |" in (experiment / "report.md").read_text()
 
 
 def test_without_an_undirected_twin_delta_0_is_the_twin(tmp_path):
@@ -147,13 +284,21 @@ def test_without_an_undirected_twin_delta_0_is_the_twin(tmp_path):
     write_run(tmp_path / "delta0.1" / "seed1", "directed-maml", 0.1, [10.0, 100.0])
     report.write(tmp_path)
     assert cells(tmp_path, "directed-maml, δ = 0")["P(fewer epochs by δ)"] == "–"
-    assert cells(tmp_path, "directed-maml, δ = 0.1")["speed-up by δ: epochs, steps, s"].startswith("2.00×")
+    assert cells(tmp_path, "directed-maml, δ = 0.1")["speed-up by δ: epochs; steps; s"] == "2×; 2×; 2×"
 
 
 def test_the_probability_of_improvement_by_hand():
-    """Of four pairs (1 or 3 against 2 or 3): 1 < 2, 1 < 3, 3 > 2, and a tie, which counts half: 2.5 / 4."""
-    assert report.improvement([1, 3], [2, 3]).startswith("0.62 [")
-    assert report.improvement([1, 2], [math.inf, 3]) == "1.00 [1.00, 1.00]"
+    """Of four pairs (1 or 3 against 2 or 3): 1 < 2, 1 < 3, 3 > 2, and a tie, which counts half: 2.5 / 4.
+
+    If all pairs of 5 and 5 runs agree, the low end P has 25 (1 - P) = 1.96² P [1 + 4 ((1 - P)/(2 - P) + P/(1 + P))]:
+    at 0.6427 that is 8.932 = 3.8416 · 0.6427 · [1 + 4 (0.2633 + 0.3912)] = 8.933."""
+    p, low, high = report.probability_interval([1, 3], [2, 3])
+    assert p == 0.625 and low < 0.5 < high
+    np.testing.assert_allclose(report.probability_interval([1] * 5, [math.inf] * 5), (1, 0.6427, 1), atol=1e-4)
+    np.testing.assert_allclose(report.probability_interval([2] * 5, [1] * 5), (0, 0, 1 - 0.6427), atol=1e-4)
+    assert report.probability_interval([math.inf] * 3, [math.inf, math.inf, math.nan])[0] == 0.5
+    assert report.improvement([1] * 5, [2] * 5) == "1.00 [0.64, 1.00]"
+    assert np.isnan(report.probability_interval([], [1])).all()
 
 
 def test_the_tables_are_made_of_summary_csv_alone(experiment):
