@@ -419,10 +419,12 @@ def tables(labels):
     return first, markdown([{column: line[column] for column in ("algorithm", *shown)} for line in lines])
 
 
-def text(labels, table, by_steps):
-    config = next(iter(labels.values()))[0]["config"]
-    threshold = "a threshold, here not given" if config["threshold"] is None else f"{config['threshold']:g}"
-    return f"""# {config["env"]}, {config["rl"]}
+def text(labels, env, rl, threshold):
+    """report.md, made of a summary's {label: {column: values}} alone."""
+    table, by_steps = tables(labels)
+    steps = max(sum(key.startswith("held_out_inside") for key in runs) for runs in labels.values()) - 1
+    threshold = "a threshold, here not given" if threshold is None else f"{threshold:g}"
+    return f"""# {env}, {rl}
 
 {table}
 
@@ -431,7 +433,7 @@ runs; runs trained in one batch share its time evenly. Convergence: the first ep
 adaptation, smoothed (EMA {EMA}), is above {threshold}; a run that never gets there counts as infinite ("never") and is
 not dropped. Final return: mean return after adaptation over the last tenth of the epochs; spread: its standard
 deviation over the last 100. Held-out: mean return over the fixed grid of tasks inside Φ at the last evaluation, before
-adaptation and after as many inner steps as in training (at most {config["eval_steps"]}).
+adaptation and after as many inner steps as in training (at most {steps}).
 
 {about_intervals(labels)}
 
@@ -443,7 +445,7 @@ adaptation and after as many inner steps as in training (at most {config["eval_s
 
 def about_intervals(labels):
     """What the report says of its statistics: which intervals, and how many arms are compared."""
-    if max(map(len, labels.values())) == 1:
+    if max(len(runs["seed"]) for runs in labels.values()) == 1:
         return "There is one run for each line, so nothing has an interval."
     return f"""Convergence and returns are medians over seeds with 95% intervals for the median: from 5 runs on by order
 statistics, whatever the distribution (5 runs: 93.75%); below 5 by the range, widened as for normal returns and for
@@ -610,7 +612,8 @@ def write(root):
     numbers = summary(labels)
     write_atomically(root / "summary.csv", numbers)
     write_atomically(root / "curves.csv", curves(labels))
-    body = text(labels, *tables(read_summary(numbers)))
+    config = next(iter(labels.values()))[0]["config"]
+    body = text(read_summary(numbers), config["env"], config["rl"], config["threshold"])
     write_atomically(root / "report.md", body + "".join(f"\n{line}.\n" for line in left_out))
     lines = [f"wrote {root / 'report.md'}"]
     try:
