@@ -219,21 +219,61 @@ def by_twins(group):
     return list(COLOURS).index(base), algo != base, delta or 0.0
 
 
-def convergence(run):
-    """Index of the first epoch whose smoothed return_post is over the environment's threshold, or None."""
-    threshold = run["config"]["threshold"]
-    over = np.flatnonzero(ema(run["log"]["return_post"]) > (math.inf if threshold is None else threshold))
-    return None if run["failed"] or not len(over) else int(over[0])
+# --- convergence ---
+
+WINDOW = 20  # epochs over whose mean the sustained criterion looks
+
+
+def first_passage(returns):
+    """(E,) returns -> the highest smoothed return up to each epoch: it passes a threshold where the smoothed one does
+    for the first time."""
+    return np.maximum.accumulate(ema(returns))
+
+
+def sustained(returns):
+    """(E,) returns -> for each epoch with WINDOW epochs from it on, the least mean of WINDOW epochs from it or any
+    later one on: it passes a threshold where all these means stay over it until the end."""
+    if len(returns) < WINDOW:
+        return np.array([])
+    means = np.convolve(returns, np.full(WINDOW, 1 / WINDOW), "valid")
+    return np.minimum.accumulate(means[::-1])[::-1]
+
+
+CRITERIA = {"convergence": first_passage, "sustained": sustained}  # by the names of their columns
+
+
+def spent(run, criterion, key, thresholds):
+    """A log column at the first epoch over each of the thresholds (T,), infinite where that is never: (T,)."""
+    if run["failed"]:
+        return np.full(len(thresholds), math.inf)
+    levels = CRITERIA[criterion](run["log"]["return_post"])  # they never fall, so a bisection finds the first one
+    levels = np.where(np.isnan(levels), -math.inf, levels)
+    return np.append(run["log"][key], math.inf)[
+        [at if at < len(levels) else -1 for at in np.searchsorted(levels, thresholds, side="right")]
+    ]
+
+
+def equal_env_steps(labels):
+    """The env steps that all runs have reached; one that failed need not have."""
+    last = [(run["failed"], run["log"]["env_steps"][-1]) for runs in labels.values() for run in runs]
+    return min([steps for failed, steps in last if not failed] or [max(steps for _, steps in last)])
+
+
+def area(run, env_steps):
+    """The mean return after adaptation over the run's first env_steps; one that failed keeps its last return."""
+    ends, returns = run["log"]["env_steps"], run["log"]["return_post"]
+    ends = np.append(ends[:-1], math.inf) if run["failed"] else ends
+    return np.average(returns, weights=np.diff(np.minimum(ends, env_steps), prepend=0))
 
 
 # --- a line of numbers for each run ---
 
 
-def summarise(label, run):
-    """What the tables need of a run: {column of summary.csv: value}."""
+def summarise(label, run, env_steps):
+    """What the tables need of a run: {column of summary.csv: value}; its area is that over env_steps."""
     config, log = run["config"], run["log"]
     seconds = np.diff(log["seconds"], prepend=0)
-    at = convergence(run)
+    threshold = math.inf if config["threshold"] is None else config["threshold"]
     returns = log["return_post"]
     return {
         "label": label,
@@ -243,21 +283,35 @@ def summarise(label, run):
         "seed": config["seed"],
         "failed": int(run["failed"]),
         "epochs": len(returns),
+        "env_steps": log["env_steps"][-1],
         "seconds_mean": seconds.mean(),
         "seconds_std": seconds.std(),
         **{
-            f"{key}_to_convergence": math.inf if at is None else log[key][at]
+            f"{key}_to_{criterion}": spent(run, criterion, key, [threshold])[0]
+            for criterion in CRITERIA
             for key in ("epoch", "env_steps", "seconds")
         },
+        "area": area(run, env_steps),
+        "area_env_steps": env_steps,
         "final_return": returns[-max(len(returns) // 10, 1) :].mean(),
         "spread": returns[-100:].std(),
         "inner_steps": config["inner_steps"],
+        **{key: middle_of(log[key]) for key in STEPS if key in log},
         **{
             f"held_out_{where}_{step}": held_out_return(run, step, where == "inside")
             for where in ("inside", "outside")
             for step in range(config["eval_steps"] + 1)
         },
     }
+
+
+# Columns of log.csv -> of the tables: what the δ-step does.
+STEPS = {"delta_norm": "norm of the δ-step", "beta_norm": "norm of the β-step", "delta_beta_cosine": "their cosine"}
+
+
+def middle_of(values):
+    """The median of what is there, or NaN."""
+    return median_interval(values)[0]
 
 
 def held_out_return(run, step, inside):
@@ -277,7 +331,8 @@ def held_out_return(run, step, inside):
 
 def summary(labels):
     """summary.csv: a row for each run, all that the tables are made of."""
-    rows = [summarise(label, run) for label, runs in labels.items() for run in runs]
+    env_steps = equal_env_steps(labels)
+    rows = [summarise(label, run, env_steps) for label, runs in labels.items() for run in runs]
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))  # --eval-steps may differ
     writer = csv.DictWriter(text, columns, restval="nan", lineterminator="\n")
@@ -333,42 +388,60 @@ def speed_up(theirs, ours):
     return middle if low == "–" else f"{middle} [{low}, {high}]"
 
 
+SHOWN = ("{:.4g}".format, thousands, thousands)  # epochs, env steps, seconds
+
+
 def improvement(ours, theirs):
     """The probability that a run of ours needs less than one of theirs, with its interval."""
     return "{:.2f} [{:.2f}, {:.2f}]".format(*probability_interval(ours, theirs))
 
 
-SPENT = ["epoch_to_convergence", "env_steps_to_convergence", "seconds_to_convergence"]
+def spent_columns(criterion):
+    return [f"{key}_to_{criterion}" for key in ("epoch", "env_steps", "seconds")]
 
 
-def cells(name, label, labels):
-    """A line of the tables for the runs `label` of a summary, shown as `name`: {column: text}."""
-    runs = labels[label]
+def training_cells(runs):
+    """What a line says of its runs but for convergence: {column: text}."""
     count, failed = len(runs["failed"]), int(sum(runs["failed"]))
     epochs, means, stds = (np.array(runs[key]) for key in ("epochs", "seconds_mean", "seconds_std"))
     mean = np.average(means, weights=epochs)
     std = math.sqrt(np.average(stds**2 + (means - mean) ** 2, weights=epochs))  # of all epochs of all runs
-    by_steps = by_inner_steps(runs)
-    after = [cell for column, cell in by_steps.items() if column.startswith("inside")]
-    ratios, probability = by_delta(label, labels)
+    after = [cell for column, cell in by_inner_steps(runs).items() if column.startswith("inside")]
     return {
-        "algorithm": name,
         "runs": f"{count}" + (f" ({failed} failed)" if failed else ""),
         "epochs trained": span(epochs),
         "s per epoch": plus_minus(mean, std),
         "s per 1000 epochs": plus_minus(1000 * means.mean(), 1000 * means.std()),
-        "converged": f"{sum(map(math.isfinite, runs[SPENT[0]]))}/{count}",
-        "epochs to convergence": with_interval(runs[SPENT[0]], positive=True),
-        "env steps to convergence": with_interval(runs[SPENT[1]], thousands, positive=True),
-        "s to convergence": with_interval(runs[SPENT[2]], thousands, positive=True),
+        "area": with_interval(runs.get("area", [])),
         "final return": with_interval(of_sound_runs(runs, "final_return")),
         "spread": with_interval(of_sound_runs(runs, "spread")),
         "held-out before": after[0],
         "held-out after": after[min(int(runs["inner_steps"][0]), len(after) - 1)],
-        **by_steps,
-        "speed-up by δ: epochs; steps; s": ratios,
-        "P(fewer epochs by δ)": probability,
+        **{name: with_interval(runs.get(key, [])) for key, name in STEPS.items()},
     }
+
+
+def convergence_cells(label, labels):
+    """What a line says of the convergence of its runs, by both criteria: {column: text}."""
+    found = {}
+    for criterion in CRITERIA:
+        how = "converged" if criterion == "convergence" else criterion
+        columns = [labels[label].get(key, []) for key in spent_columns(criterion)]
+        times, count = columns[0], sum(map(math.isfinite, columns[0]))
+        found[how] = f"{count}/{len(times)}" if times else "–"
+        for name, values, show in zip(("epochs", "env steps", "s"), columns, SHOWN, strict=True):
+            found[f"{name} to {criterion}"] = with_interval(values, show, positive=True)
+        suffix = "" if criterion == "convergence" else f", {criterion}"
+        found[f"speed-up by δ: epochs; steps; s{suffix}"], found[f"P(fewer epochs by δ{suffix})"] = (
+            by_delta(label, labels, criterion) if times else ("–", "–")
+        )
+    return found
+
+
+def cells(name, label, labels):
+    """All that tables can say of the runs `label` of a summary, shown as `name`: {column: text}."""
+    runs = labels[label]
+    return {"algorithm": name, **training_cells(runs), **convergence_cells(label, labels), **by_inner_steps(runs)}
 
 
 def of_sound_runs(runs, key):
@@ -386,21 +459,20 @@ def by_inner_steps(runs):
     return texts
 
 
-def by_delta(label, labels):
+def by_delta(label, labels, criterion="convergence"):
     """The twin's epochs, env steps and seconds over these runs', seed by seed, and the probability that these need
     fewer epochs. The twin has no δ-step, or δ = 0."""
     runs, twin = labels[label], None
     algo = runs["algo"][0]
     if algo in DIRECTED and label != f"{algo}, δ = 0":
         twin = labels.get(algo.removeprefix("directed-"), labels.get(f"{algo}, δ = 0"))
-    if not twin:
+    columns = spent_columns(criterion)
+    if not twin or columns[0] not in twin:
         return "–", "–"
-    probability = improvement(runs[SPENT[0]], twin[SPENT[0]])
-    if any(
-        len(set(columns["seed"])) < len(columns["seed"]) for columns in (runs, twin)
-    ):  # they differ in other settings
+    probability = improvement(runs[columns[0]], twin[columns[0]])
+    if any(len(set(x["seed"])) < len(x["seed"]) for x in (runs, twin)):  # they differ in other settings
         return "–", probability
-    pairs = ([dict(zip(x["seed"], x[key], strict=True)) for x in (twin, runs)] for key in SPENT)
+    pairs = ([dict(zip(x["seed"], x[key], strict=True)) for x in (twin, runs)] for key in columns)
     return "; ".join(speed_up(*pair) for pair in pairs), probability
 
 
@@ -411,35 +483,82 @@ def markdown(lines):
 
 
 def tables(labels):
-    """Two tables of a summary, in Markdown: the paper's Table II, and held-out returns by the number of inner steps."""
-    lines = [cells(label, label, labels) for label in labels]
-    by_steps = by_inner_steps(next(iter(labels.values())))
-    shown = [column for column in by_steps if any(line[column] != "–" for line in lines)]
-    first = markdown([{column: line[column] for column in line if column not in by_steps} for line in lines])
-    return first, markdown([{column: line[column] for column in ("algorithm", *shown)} for line in lines])
+    """The tables of a summary, in Markdown: of training, of convergence, and of held-out returns by inner steps."""
+    optional = {*STEPS.values(), *(column for runs in labels.values() for column in by_inner_steps(runs))}
+    found = []
+    for part in (
+        {label: training_cells(runs) for label, runs in labels.items()},
+        {label: convergence_cells(label, labels) for label in labels},
+        {label: by_inner_steps(runs) for label, runs in labels.items()},
+    ):
+        columns = list(dict.fromkeys(column for line in part.values() for column in line))
+        shown = [x for x in columns if x not in optional or any(line.get(x, "–") != "–" for line in part.values())]
+        found.append(markdown([{"algorithm": label, **{x: line.get(x, "–") for x in shown}}
+                               for label, line in part.items()]))  # fmt: skip
+    return tuple(found)
+
+
+def budget(labels):
+    """How many arms a table compares, and over which epochs and env steps."""
+    said = [f"Arms compared: {len(labels)}"]
+    for name, key, show in (("epochs", "epochs", SHOWN[0]), ("env steps", "env_steps", SHOWN[1])):
+        values = [x for runs in labels.values() for x in runs.get(key, [math.nan])]
+        low, high = min(values), max(values)
+        if any(map(math.isnan, values)):
+            said.append(f"{name} trained: not recorded")
+        else:
+            said.append(
+                f"{name} trained: "
+                + (f"{show(low)} each" if low == high else f"{show(low)} to {show(high)}, not equal")
+            )
+    return "; ".join(said) + "."
 
 
 def text(labels, env, rl, threshold):
     """report.md, made of a summary's {label: {column: values}} alone."""
-    table, by_steps = tables(labels)
+    training, convergence, by_steps = tables(labels)
     steps = max(sum(key.startswith("held_out_inside") for key in runs) for runs in labels.values()) - 1
     threshold = "a threshold, here not given" if threshold is None else f"{threshold:g}"
+    first = next(iter(labels.values()))
+    area_over = f"the first {thousands(first['area_env_steps'][0])}" if "area" in first else "an equal number of"
     return f"""# {env}, {rl}
 
-{table}
+{training}
+
+{budget(labels)}
 
 Seconds: training time, evaluation excluded, as mean ± standard deviation, of an epoch over all epochs, of 1000 over
-runs; runs trained in one batch share its time evenly. Convergence: the first epoch at which the mean return after
-adaptation, smoothed (EMA {EMA}), is above {threshold}; a run that never gets there counts as infinite ("never") and is
-not dropped. Final return: mean return after adaptation over the last tenth of the epochs; spread: its standard
-deviation over the last 100. Held-out: mean return over the fixed grid of tasks inside Φ at the last evaluation, before
-adaptation and after as many inner steps as in training (at most {steps}).
+runs; runs trained in one batch share its time evenly. Area: the mean return after adaptation over {area_over} env
+steps, the same for all runs of this report. Final return: mean return after adaptation over the last tenth of the
+epochs; spread: its standard deviation over the last 100. Held-out: mean return over the fixed grid of tasks inside Φ
+at the last evaluation, before adaptation and after as many inner steps as in training (at most {steps}).
+{about_steps(labels)}
+## Convergence
+
+{convergence}
+
+{budget(labels)}
+
+Two criteria, each over all epochs of a run. "To convergence" is the paper's first passage: the first epoch at which the
+mean return after adaptation, smoothed (EMA {EMA}), is above {threshold}; noisy learners get there early. "To
+sustained": the first epoch from which the mean over {WINDOW} epochs stays above it until the end of training. A run
+that never gets there counts as infinite ("never") and is not dropped.
 
 {about_intervals(labels)}
 
 ## Held-out return by inner steps
 
 {by_steps}
+
+{budget(labels)}
+"""
+
+
+def about_steps(labels):
+    """What the report says of the norms, where they were logged."""
+    if not any(key in runs for runs in labels.values() for key in STEPS):
+        return ""
+    return """The norms of the δ-step and of the β-step and their cosine are medians over the epochs of a run.
 """
 
 
@@ -447,12 +566,12 @@ def about_intervals(labels):
     """What the report says of its statistics: which intervals, and how many arms are compared."""
     if max(len(runs["seed"]) for runs in labels.values()) == 1:
         return "There is one run for each line, so nothing has an interval."
-    return f"""Convergence and returns are medians over seeds with 95% intervals for the median: from 5 runs on by order
-statistics, whatever the distribution (5 runs: 93.75%); below 5 by the range, widened as for normal returns and for
-log-normal convergence; one run has no interval. Speed-up, for epochs; env steps; s: the undirected twin's number (or
-that of δ = 0) over this one's, seed by seed, the median over the seeds that both have, with the same interval on the
-log. P: the probability that a run with the δ-step needs fewer epochs than one without, ties half, with Newcombe's
-interval (method 5). Number of arms compared: {len(labels)}; no interval is adjusted for it: about one in 20 misses."""
+    return f"""Numbers are medians over seeds with 95% intervals for the median: from 5 runs on by order statistics,
+whatever the distribution (5 runs: 93.75%); below 5 by the range, widened as for normal returns and for log-normal
+convergence; one run has no interval. Speed-up, for epochs; env steps; s: the undirected twin's number (or that of
+δ = 0) over this one's, seed by seed, the median over the seeds that both have, with the same interval on the log. P:
+the probability that a run with the δ-step needs fewer epochs than one without, ties half, with Newcombe's interval
+(method 5). No interval is adjusted for the number of arms, {len(labels)}: about one in 20 misses."""
 
 
 # --- the figures ---

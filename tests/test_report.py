@@ -193,10 +193,15 @@ def experiment(tmp_path):
 
 
 def cells(root, label):
-    lines = (root / "report.md").read_text().splitlines()
-    header = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    row = next(line for line in lines if line.startswith(f"| {label} |"))
-    return dict(zip(header, (cell.strip() for cell in row.split("|")[1:-1]), strict=True))
+    """All cells of a line of report.md, from its three tables."""
+    found, header = {}, []
+    for line in (root / "report.md").read_text().splitlines():
+        row = [cell.strip() for cell in line.split("|")[1:-1]]
+        if row and row[0] == "algorithm":
+            header = row
+        elif row and row[0] == label:
+            found |= dict(zip(header, row, strict=True))
+    return found
 
 
 def test_the_table_by_hand(experiment):
@@ -218,7 +223,118 @@ def test_the_table_by_hand(experiment):
 def test_the_report_says_which_intervals_they_are_and_how_many_arms_are_compared(experiment, tmp_path):
     report.write(experiment)
     text = (experiment / "report.md").read_text()
-    assert "95% intervals for the median" in text and "Number of arms compared: 2;" in text
+    assert (
+        "95% intervals for the median" in text
+        and "Arms compared: 2; epochs trained: 6 each; env steps trained: 600 each." in text
+    )
+
+
+def test_the_report_says_where_its_arms_had_unequal_budgets(experiment):
+    write_run(experiment / "fomaml" / "seed1", "fomaml", None, [10.0] * 3)
+    report.write(experiment)
+    text = (experiment / "report.md").read_text()
+    said = "Arms compared: 3; epochs trained: 3 to 6, not equal; env steps trained: 300 to 600, not equal."
+    assert text.count(said) == 3  # with every table
+    assert "over the first 300 env" in text
+
+
+# --- convergence, by two criteria ---
+
+
+def logged(returns, env_steps=None, failed=False):
+    epochs = np.arange(1.0, len(returns) + 1)
+    log = {"epoch": epochs, "env_steps": 100 * epochs if env_steps is None else np.array(env_steps, dtype=float)}
+    return {"failed": failed, "log": log | {"return_post": np.array(returns, dtype=float)}}
+
+
+def test_first_passage_and_sustained_by_hand():
+    """Over 9 in epochs 1 to 5 (10), under it in 6 to 25 (0), over it again in 26 to 65 (10): 65 epochs.
+
+    The smoothed return starts at 10: the first passage is epoch 1. A mean of 20 epochs is 10 n/20 with n of them good.
+    From epoch t in 6 .. 25 on n = t - 6; the first mean over 9, with n = 19, is that from epoch 25 on, and all later
+    ones are over it too. The mean over 10 never is: 10 is not over 10."""
+    run = logged([10] * 5 + [0] * 20 + [10] * 40)
+    assert report.spent(run, "convergence", "epoch", [9]) == [1]
+    assert report.spent(run, "sustained", "epoch", [9, 8.9, 0, 10]).tolist() == [25, 24, 7, math.inf]
+    assert report.spent(run, "sustained", "env_steps", [9]) == [2500]
+
+
+def test_what_does_not_stay_over_the_threshold_until_the_end_is_not_sustained():
+    """One epoch at 0 of 20 makes the last mean 9.5."""
+    run = logged([10] * 59 + [0])
+    assert report.spent(run, "sustained", "epoch", [9.4, 9.6]).tolist() == [1, math.inf]
+    assert report.spent(run, "convergence", "epoch", [9.6]) == [1]
+
+
+def test_of_fewer_than_20_epochs_and_of_failed_runs_none_is_sustained():
+    assert report.spent(logged([10] * 19), "sustained", "epoch", [9]) == [math.inf]
+    assert report.spent(logged([10] * 20), "sustained", "epoch", [9]) == [1]
+    for criterion in report.CRITERIA:
+        assert report.spent(logged([10] * 20, failed=True), criterion, "epoch", [9]) == [math.inf]
+    assert report.spent(logged([math.nan] * 20), "convergence", "epoch", [9]) == [math.inf]
+
+
+def test_the_area_is_the_mean_return_over_equal_env_steps():
+    """100 steps at 1, 300 at 2 and of the last 600, at 4, 100: (100 + 600 + 400) / 500 = 2.2."""
+    assert report.area(logged([1, 2, 4], [100, 400, 1000]), 500) == pytest.approx(2.2)
+    assert report.area(logged([1, 2], [100, 400], failed=True), 500) == pytest.approx((100 + 800) / 500)
+    runs = [logged([1, 2], [100, 400]), logged([1, 2], [150, 350]), logged([1], [50], failed=True)]
+    assert report.equal_env_steps({"a": runs[:1], "b": runs[1:]}) == 350
+    assert report.equal_env_steps({"a": runs[2:]}) == 50
+
+
+def test_both_criteria_and_the_area_are_in_the_summary_and_the_tables(tmp_path):
+    """maml is over 15 from epoch 21 on, directed-maml from epoch 11 on; both for good.
+
+    A mean of 20 epochs, n of them at 100 and the others at 10, is over 15 from n = 2 on, which is from 18 epochs before
+    the jump on: 3, and before the first. The means over 40 epochs are
+    (20 · 10 + 20 · 100) / 40 and (10 · 10 + 30 · 100) / 40."""
+    for seed in (1, 2):
+        write_run(tmp_path / "a" / f"seed{seed}", "maml", None, [10.0] * 20 + [100.0] * 20)
+        write_run(tmp_path / "b" / f"seed{seed}", "directed-maml", 0.1, [10.0] * 10 + [100.0] * 30)
+    report.write(tmp_path)
+    maml, directed = cells(tmp_path, "maml"), cells(tmp_path, "directed-maml")
+    assert maml["epochs to convergence"] == "21 [21, 21]" and directed["epochs to convergence"] == "11 [11, 11]"
+    assert maml["sustained"] == "2/2" and maml["epochs to sustained"] == "3 [3, 3]"
+    assert maml["env steps to sustained"] == "300 [300, 300]" and directed["env steps to sustained"] == "100 [100, 100]"
+    assert maml["area"] == "55 [55, 55]" and directed["area"] == "77.5 [77.5, 77.5]"
+    assert directed["speed-up by δ: epochs; steps; s, sustained"] == "3× [3, 3]; 3× [3, 3]; 3× [3, 3]"
+    assert directed["P(fewer epochs by δ, sustained)"].startswith("1.00 [")
+
+
+def test_a_summary_without_the_new_columns_shows_dashes(experiment):
+    report.write(experiment)
+    numbers = report.read_summary((experiment / "summary.csv").read_text())
+    old = {
+        label: {
+            key: x for key, x in runs.items() if "sustained" not in key and "area" not in key and key != "env_steps"
+        }
+        for label, runs in numbers.items()
+    }
+    line = report.cells("directed-maml", "directed-maml", old)
+    for column in ("sustained", "epochs to sustained", "area", "P(fewer epochs by δ, sustained)"):
+        assert line[column] == "–"
+    assert line["epochs to convergence"] == "2 [2, 2]"
+    assert "env steps trained: not recorded" in report.text(old, "toy", "pg", 15.0)
+
+
+def test_the_medians_of_what_the_delta_step_does_are_shown_where_they_were_logged(tmp_path):
+    for algo, rows in (("maml", ["", "", ""]), ("directed-maml", ["2,4,0.5", "3,5,-0.5", "10,6,0.1"])):
+        write_run(tmp_path / algo / "seed1", algo, 0.1 if rows[0] else None, [1.0] * 3)
+        path = tmp_path / algo / "seed1" / "log.csv"
+        lines = path.read_text().splitlines()
+        columns = ["delta_norm,beta_norm,delta_beta_cosine", *(row or ",7," for row in rows)]
+        path.write_text("\n".join(f"{line},{more}" for line, more in zip(lines, columns, strict=True)) + "\n")
+    report.write(tmp_path)
+    names = ["norm of the δ-step", "norm of the β-step", "their cosine"]
+    assert [cells(tmp_path, "directed-maml")[name] for name in names] == ["3", "5", "0.1"]
+    assert [cells(tmp_path, "maml")[name] for name in names] == ["–", "7", "–"]
+    assert "norms of the δ-step" in (tmp_path / "report.md").read_text()
+
+
+def test_without_norms_in_the_log_the_tables_have_no_columns_for_them(experiment):
+    report.write(experiment)
+    assert "norm" not in (experiment / "report.md").read_text().replace("normal", "")
 
 
 def test_one_run_has_no_interval(tmp_path):
@@ -263,7 +379,7 @@ def test_held_out_tasks_inside_and_outside_phi_by_the_number_of_steps(tmp_path):
     line = report.cells("maml", "maml", {"maml": numbers})
     assert line["held-out before"] == line["inside Φ, 0 steps"] == "10"
     assert line["held-out after"] == line["inside Φ, 1 step"] == "20"
-    assert "outside Φ, 2 steps" in report.tables({"maml": numbers})[1]
+    assert "outside Φ, 2 steps" in report.tables({"maml": numbers})[2]
 
 
 def test_tables_without_a_held_out_task_outside_phi_have_no_columns_for_them(experiment):
