@@ -6,13 +6,15 @@ Statistics over seeds: medians, paired speed-ups and probabilities of improvemen
 calibrated at 3 to 10 seeds.
 """
 
+import argparse
 import csv
 import io
 import itertools
 import json
 import math
 import sys
-from collections import Counter
+import textwrap
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,6 @@ EMA = 0.9  # the paper's smoothing factor
 # Okabe & Ito's colours, told apart by colour-blind readers; line style and marker tell the rest.
 COLOURS = {"maml": "#0072B2", "fomaml": "#D55E00", "meta-sgd": "#009E73", "reptile": "#CC79A7"}
 MARKERS = "osD^vPX*<>"
-DIRECTED = ["directed-" + algo for algo in COLOURS]
 
 
 # --- statistics ---
@@ -135,25 +136,93 @@ def probability_interval(ours, theirs):
 # --- reading ---
 
 
+# What may differ between the runs of one line: which run it is, how long and on what it was trained.
+MAY_DIFFER = {"seed", "epochs", "eval_every", "device", "phi_names", "runs_in_batch", "versions"}
+LETTERS = {"alpha": "α", "beta": "β", "delta": "δ", "gamma": "γ"}
+DELTA_STEP = {"algo", "delta", "medium", "delta_schedule"}  # all that a directed run and its counterpart differ in
+
+
 def read(root):
-    """All runs under root, {label: [run, ..]}, and a line for each that is left out, for it cannot be read."""
-    groups, left_out, phi = {}, [], None
+    """All runs under root, {label: [run, ..]}, and a line for each that is left out, because it cannot be read."""
+    runs, left_out, seen = [], [], {}
     for path in sorted(Path(root).glob("**/config.json")):
         try:
             run = read_run(path.parent)
-            phi = phi or run["config"]["phi_names"]
-            if run["config"]["phi_names"] != phi:
-                raise ValueError(f"{path}: its φ is {run['config']['phi_names']}, that of the runs before {phi}")
+            names = runs[0]["config"]["phi_names"] if runs else run["config"]["phi_names"]
+            if run["config"]["phi_names"] != names:
+                raise ValueError(f"{path}: its φ is {run['config']['phi_names']}, that of the runs before {names}")
+            key = json.dumps([run["settings"], run["config"]["seed"]], sort_keys=True)
+            if seen.setdefault(key, path) != path:
+                raise ValueError(f"{path}: the same settings and seed as {seen[key]}")
         except ValueError as error:
             left_out.append(f"{error}; the run is left out of the report")
             continue
         if len(run["log"]["epoch"]):
-            groups.setdefault((run["config"]["algo"], run["config"]["delta"]), []).append(run)
+            runs.append(run)
+    return labelled(runs), left_out
+
+
+def settings_of(config):
+    """All of a configuration that must be equal within a line, without what follows from the rest."""
+    config = json.loads(json.dumps(config), parse_int=float)  # 1 and 1.0 are the same
+    settings = {key: value for key, value in config.items() if key not in MAY_DIFFER and value is not None}
+    if math.isclose(settings.get("beta_alpha", 0), settings.get("alpha", 0) * settings["beta"]):
+        settings.pop("beta_alpha", None)
+    return settings
+
+
+def varies(key, runs):
+    """Whether runs differ in a setting: two of one algorithm, or any two that both have it. Reptile's β and number of
+    inner steps are not those of the others."""
+    values = defaultdict(set)
+    for settings in (run["settings"] for run in runs):
+        value, base = json.dumps(settings.get(key)), settings["algo"].removeprefix("directed-")
+        values[settings["algo"]].add(value)
+        if key in settings:
+            values[key in ("beta", "inner_steps") and base == "reptile"].add(value)
+    return any(len(found) > 1 for found in values.values())
+
+
+def labelled(runs):
+    """{label: runs}: those of a line differ in their seeds alone. The label is the algorithm and every setting that
+    varies; each undirected algorithm stands before its directed twin, and those by their settings."""
+
+    def place(run):
+        algo = run["settings"]["algo"]
+        base = algo.removeprefix("directed-")
+        values = [run["settings"].get(key, -math.inf) for key in varying]
+        by_value = [(0, x, "") if isinstance(x, float) else (1, 0, json.dumps(x)) for x in values]
+        return list(COLOURS).index(base), algo != base, by_value
+
+    keys = dict.fromkeys(key for run in runs for key in run["settings"] if key != "algo")
+    varying = [key for key in keys if varies(key, runs)]
     labels = {}
-    for (algo, delta), runs in sorted(groups.items(), key=by_twins):
-        several = sum(other == algo for other, _ in groups) > 1
-        labels[f"{algo}, δ = {delta:g}" if several and delta is not None else algo] = runs
-    return labels, left_out
+    for run in sorted(runs, key=place):
+        own = run["settings"]
+        parts = [f"{LETTERS.get(key, key)} = {shown(own[key])}" for key in varying if key in own]
+        labels.setdefault(", ".join([own["algo"], *parts]), []).append(run)
+    return labels
+
+
+def shown(value):
+    """A setting's value in a label."""
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def counterpart(run, labels):
+    """The label of the undirected runs, or else those with δ = 0, that differ from this one in nothing but the δ-step;
+    "" where there are none."""
+    own = run["settings"]
+    base = own["algo"].removeprefix("directed-")
+    for algo, delta in ((base, None), (own["algo"], 0)) if own["algo"] != base and own.get("delta") else ():
+        for label, runs in labels.items():
+            other = runs[0]["settings"]
+            alike = all(own.get(key) == other.get(key) for key in {*own, *other} - DELTA_STEP)
+            if alike and other["algo"] == algo and other.get("delta") == delta:
+                return label
+    return ""
 
 
 def read_run(folder):
@@ -165,6 +234,7 @@ def read_run(folder):
             run[path.stem] = parse(path.read_text(encoding="utf-8") if path.exists() else "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
+    run["settings"] = settings_of(run["config"])
     if any(len(row["phi"].split()) != len(run["config"]["phi_names"]) for row in run["eval"]):
         raise ValueError(f"{folder / 'eval.csv'}: damaged (a φ does not consist of {run['config']['phi_names']})")
     return run
@@ -173,11 +243,13 @@ def read_run(folder):
 def parse_config(text):
     config = json.loads(text)
     number = (int, float, type(None))
-    kinds = {"env": str, "rl": str, "algo": str, "phi_names": list, "range": list, "inner_steps": int}
+    kinds = {"env": str, "rl": str, "algo": str, "seed": int, "phi_names": list, "range": list, "inner_steps": int}
     kinds |= {"eval_steps": int, "beta": number[:2], "delta": number, "threshold": number}
     for key, kind in kinds.items():
         if not isinstance(config[key], kind):
             raise ValueError(f"{key} is {config[key]!r}")
+    if not all(isinstance(config.get(key), number) for key in ("alpha", "beta_alpha")):
+        raise ValueError("alpha or beta_alpha is not a number")
     bounds = config["range"]
     if len(bounds) != 2 * len(config["phi_names"]) or not all(isinstance(x, number[:2]) for x in bounds):
         raise ValueError(f"range is {bounds!r}")
@@ -212,13 +284,6 @@ def parse_evaluation(text):
     return [row for row in rows if counts[row["epoch"]] == max(counts.values())]
 
 
-def by_twins(group):
-    """Sort key: each algorithm before its directed twin, those by δ."""
-    algo, delta = group[0]
-    base = algo.removeprefix("directed-")
-    return list(COLOURS).index(base), algo != base, delta or 0.0
-
-
 # --- convergence ---
 
 WINDOW = 20  # epochs over whose mean the sustained criterion looks
@@ -247,10 +312,8 @@ def spent(run, criterion, key, thresholds):
     if run["failed"]:
         return np.full(len(thresholds), math.inf)
     levels = CRITERIA[criterion](run["log"]["return_post"])  # they never fall, so a bisection finds the first one
-    levels = np.where(np.isnan(levels), -math.inf, levels)
-    return np.append(run["log"][key], math.inf)[
-        [at if at < len(levels) else -1 for at in np.searchsorted(levels, thresholds, side="right")]
-    ]
+    at = np.searchsorted(np.where(np.isnan(levels), -math.inf, levels), thresholds, side="right")
+    return np.append(run["log"][key][: len(levels)], math.inf)[at]
 
 
 def equal_env_steps(labels):
@@ -263,14 +326,15 @@ def area(run, env_steps):
     """The mean return after adaptation over the run's first env_steps; one that failed keeps its last return."""
     ends, returns = run["log"]["env_steps"], run["log"]["return_post"]
     ends = np.append(ends[:-1], math.inf) if run["failed"] else ends
-    return np.average(returns, weights=np.diff(np.minimum(ends, env_steps), prepend=0))
+    return (returns * np.diff(np.minimum(ends, env_steps), prepend=0)).sum() / env_steps
 
 
 # --- a line of numbers for each run ---
 
 
-def summarise(label, run, env_steps):
-    """What the tables need of a run: {column of summary.csv: value}; its area is that over env_steps."""
+def summarise(label, run, twin, env_steps):
+    """What the tables need of a run: {column of summary.csv: value}; twin: the label of its undirected counterpart; its
+    area is that over env_steps."""
     config, log = run["config"], run["log"]
     seconds = np.diff(log["seconds"], prepend=0)
     threshold = math.inf if config["threshold"] is None else config["threshold"]
@@ -278,6 +342,7 @@ def summarise(label, run, env_steps):
     return {
         "label": label,
         "algo": config["algo"],
+        "counterpart": twin,
         "beta": config["beta"],
         "delta": 0.0 if config["delta"] is None else config["delta"],
         "seed": config["seed"],
@@ -296,7 +361,7 @@ def summarise(label, run, env_steps):
         "final_return": returns[-max(len(returns) // 10, 1) :].mean(),
         "spread": returns[-100:].std(),
         "inner_steps": config["inner_steps"],
-        **{key: middle_of(log[key]) for key in STEPS if key in log},
+        **{key: median_interval(log[key])[0] for key in STEPS if key in log},
         **{
             f"held_out_{where}_{step}": held_out_return(run, step, where == "inside")
             for where in ("inside", "outside")
@@ -307,11 +372,6 @@ def summarise(label, run, env_steps):
 
 # Columns of log.csv -> of the tables: what the δ-step does.
 STEPS = {"delta_norm": "norm of the δ-step", "beta_norm": "norm of the β-step", "delta_beta_cosine": "their cosine"}
-
-
-def middle_of(values):
-    """The median of what is there, or NaN."""
-    return median_interval(values)[0]
 
 
 def held_out_return(run, step, inside):
@@ -332,7 +392,10 @@ def held_out_return(run, step, inside):
 def summary(labels):
     """summary.csv: a row for each run, all that the tables are made of."""
     env_steps = equal_env_steps(labels)
-    rows = [summarise(label, run, env_steps) for label, runs in labels.items() for run in runs]
+    rows = []
+    for label, runs in labels.items():
+        twin = counterpart(runs[0], labels)
+        rows += [summarise(label, run, twin, env_steps) for run in runs]
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))  # --eval-steps may differ
     writer = csv.DictWriter(text, columns, restval="nan", lineterminator="\n")
@@ -347,7 +410,7 @@ def read_summary(text):
     for row in csv.DictReader(text.splitlines()):
         columns = labels.setdefault(row["label"], {})
         for key, value in row.items():
-            columns.setdefault(key, []).append(value if key in ("label", "algo") else float(value))
+            columns.setdefault(key, []).append(value if key in ("label", "algo", "counterpart") else float(value))
     return labels
 
 
@@ -427,8 +490,8 @@ def convergence_cells(label, labels):
     for criterion in CRITERIA:
         how = "converged" if criterion == "convergence" else criterion
         columns = [labels[label].get(key, []) for key in spent_columns(criterion)]
-        times, count = columns[0], sum(map(math.isfinite, columns[0]))
-        found[how] = f"{count}/{len(times)}" if times else "–"
+        times = columns[0]
+        found[how] = f"{sum(map(math.isfinite, times))}/{len(times)}" if times else "–"
         for name, values, show in zip(("epochs", "env steps", "s"), columns, SHOWN, strict=True):
             found[f"{name} to {criterion}"] = with_interval(values, show, positive=True)
         suffix = "" if criterion == "convergence" else f", {criterion}"
@@ -460,20 +523,26 @@ def by_inner_steps(runs):
 
 
 def by_delta(label, labels, criterion="convergence"):
-    """The twin's epochs, env steps and seconds over these runs', seed by seed, and the probability that these need
-    fewer epochs. The twin has no δ-step, or δ = 0."""
-    runs, twin = labels[label], None
-    algo = runs["algo"][0]
-    if algo in DIRECTED and label != f"{algo}, δ = 0":
-        twin = labels.get(algo.removeprefix("directed-"), labels.get(f"{algo}, δ = 0"))
-    columns = spent_columns(criterion)
-    if not twin or columns[0] not in twin:
+    """The counterpart's epochs, env steps and seconds over these runs', seed by seed, and the probability that these
+    need fewer epochs; – without a counterpart that differs in the δ-step alone."""
+    runs, columns = labels[label], spent_columns(criterion)
+    twin = labels.get(twin_of(label, labels), {})
+    if columns[0] not in twin:
         return "–", "–"
-    probability = improvement(runs[columns[0]], twin[columns[0]])
-    if any(len(set(x["seed"])) < len(x["seed"]) for x in (runs, twin)):  # they differ in other settings
-        return "–", probability
     pairs = ([dict(zip(x["seed"], x[key], strict=True)) for x in (twin, runs)] for key in columns)
-    return "; ".join(speed_up(*pair) for pair in pairs), probability
+    return "; ".join(speed_up(*pair) for pair in pairs), improvement(runs[columns[0]], twin[columns[0]])
+
+
+def twin_of(label, labels):
+    """The label of the undirected counterpart, or ""; summaries from before this column hold the runs of one command,
+    in which β may vary."""
+    runs = labels[label]
+    if "counterpart" in runs:
+        return runs["counterpart"][0]
+    base, zero = runs["algo"][0].removeprefix("directed-"), f"{runs['algo'][0]}, δ = 0"
+    twin = base if base in labels else zero
+    alike = twin in labels and set(labels[twin]["beta"]) == set(runs["beta"])
+    return twin if alike and label not in (base, zero) else ""
 
 
 def markdown(lines):
@@ -504,24 +573,30 @@ def budget(labels):
     for name, key, show in (("epochs", "epochs", SHOWN[0]), ("env steps", "env_steps", SHOWN[1])):
         values = [x for runs in labels.values() for x in runs.get(key, [math.nan])]
         low, high = min(values), max(values)
-        if any(map(math.isnan, values)):
-            said.append(f"{name} trained: not recorded")
-        else:
-            said.append(
-                f"{name} trained: "
-                + (f"{show(low)} each" if low == high else f"{show(low)} to {show(high)}, not equal")
-            )
+        spans = f"{show(low)} each" if low == high else f"{show(low)} to {show(high)}, not equal"
+        said.append(f"{name} trained: {'not recorded' if any(map(math.isnan, values)) else spans}")
     return "; ".join(said) + "."
 
 
-def text(labels, env, rl, threshold):
+def values_of(key, labels):
+    """All values of a setting, as text; "" where it is not given."""
+    values = dict.fromkeys(run["config"][key] for runs in labels.values() for run in runs)
+    return " or ".join(shown(value) for value in values if value is not None)
+
+
+def title(labels):
+    """What was learned how: "cartpole, pg"."""
+    return f"{values_of('env', labels)}, {values_of('rl', labels)}"
+
+
+def text(labels, title, threshold):
     """report.md, made of a summary's {label: {column: values}} alone."""
     training, convergence, by_steps = tables(labels)
+    threshold = threshold or "a threshold, here not given"
     steps = max(sum(key.startswith("held_out_inside") for key in runs) for runs in labels.values()) - 1
-    threshold = "a threshold, here not given" if threshold is None else f"{threshold:g}"
     first = next(iter(labels.values()))
     area_over = f"the first {thousands(first['area_env_steps'][0])}" if "area" in first else "an equal number of"
-    return f"""# {env}, {rl}
+    return f"""# {title}
 
 {training}
 
@@ -531,8 +606,9 @@ Seconds: training time, evaluation excluded, as mean ± standard deviation, of a
 runs; runs trained in one batch share its time evenly. Area: the mean return after adaptation over {area_over} env
 steps, the same for all runs of this report. Final return: mean return after adaptation over the last tenth of the
 epochs; spread: its standard deviation over the last 100. Held-out: mean return over the fixed grid of tasks inside Φ
-at the last evaluation, before adaptation and after as many inner steps as in training (at most {steps}).
-{about_steps(labels)}
+at the last evaluation, before adaptation and after as many inner steps as in training (at most {steps}). The δ-step,
+where it was logged: its norm, that of the β-step and their cosine, each the median over a run's epochs.
+
 ## Convergence
 
 {convergence}
@@ -554,14 +630,6 @@ that never gets there counts as infinite ("never") and is not dropped.
 """
 
 
-def about_steps(labels):
-    """What the report says of the norms, where they were logged."""
-    if not any(key in runs for runs in labels.values() for key in STEPS):
-        return ""
-    return """The norms of the δ-step and of the β-step and their cosine are medians over the epochs of a run.
-"""
-
-
 def about_intervals(labels):
     """What the report says of its statistics: which intervals, and how many arms are compared."""
     if max(len(runs["seed"]) for runs in labels.values()) == 1:
@@ -569,51 +637,57 @@ def about_intervals(labels):
     return f"""Numbers are medians over seeds with 95% intervals for the median: from 5 runs on by order statistics,
 whatever the distribution (5 runs: 93.75%); below 5 by the range, widened as for normal returns and for log-normal
 convergence; one run has no interval. Speed-up, for epochs; env steps; s: the undirected twin's number (or that of
-δ = 0) over this one's, seed by seed, the median over the seeds that both have, with the same interval on the log. P:
-the probability that a run with the δ-step needs fewer epochs than one without, ties half, with Newcombe's interval
-(method 5). No interval is adjusted for the number of arms, {len(labels)}: about one in 20 misses."""
+δ = 0) over this one's, seed by seed, the median over the seeds that both have, with the same interval on the log; –
+where there are no runs that differ in the δ-step alone. P: the probability that a run with the δ-step needs fewer
+epochs than one without, ties half, with Newcombe's interval (method 5). No interval is adjusted for the number of arms,
+{len(labels)}: about one in 20 misses."""
 
 
 # --- the figures ---
 
 
+BAND = 3  # runs from which a figure has a band; that of two is 13 times their range, and nothing else could be seen
+
+
 def style(labels, ramp):
-    """A look for every label: colour and marker tell the algorithm, or δ where there are several (from the colour map
-    `ramp`); with the δ-step solid and filled, without dashed and hollow."""
+    """A look for every label: colour and marker tell the algorithm, or the line where an algorithm has several (from
+    the colour map `ramp`); with the δ-step solid and filled, without dashed and hollow."""
     algos = [runs[0]["config"]["algo"] for runs in labels.values()]
-    looks, seen = {}, Counter()
-    for (label, runs), algo in zip(labels.items(), algos, strict=True):
-        base = algo.removeprefix("directed-")
-        several, directed = algos.count(algo), base != algo
-        colour = COLOURS[base] if several == 1 else ramp(0.9 * seen[algo] / (several - 1))
+    looks = {}
+    for i, (label, algo) in enumerate(zip(labels, algos, strict=True)):
+        base, directed = algo.removeprefix("directed-"), algo.startswith("directed-")
+        alone = len(set(algos)) == len(algos)
+        colour = COLOURS[base] if alone else ramp(0.9 * i / (len(algos) - 1))
         looks[label] = {
             "color": colour,
             "linestyle": "-" if directed else "--",
-            "marker": MARKERS[(list(COLOURS).index(base) + seen[algo]) % len(MARKERS)],
+            "marker": MARKERS[(list(COLOURS).index(base) if alone else i) % len(MARKERS)],
             "markerfacecolor": colour if directed else "white",
             "markersize": 5,
-            "label": f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})",
+            "label": f"{label} ({number_of(labels[label])})",
         }
-        seen[algo] += 1
     return looks
 
 
-BAND = 3  # runs from which a figure has a band; that of two is 13 times their range, and nothing else could be seen
+def number_of(runs):
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}"
 
 
 def over_seeds(labels):
     """What a figure's title says of its lines and bands."""
     runs = max(map(len, labels.values()))
-    return ": median over seeds" * (runs > 1) + ", pointwise 95% interval" * (runs >= BAND)
+    return "; median over seeds" * (runs > 1) + ", pointwise 95% interval" * (runs >= BAND)
 
 
-def save_figure(figure, path):
+def finish(figure, handles, said, path):
+    """Title and legend, in as many lines and columns as fit into the figure's width, and the file."""
+    characters = int(11 * figure.get_figwidth())  # of the title's font
+    figure.suptitle(textwrap.fill(said, characters))
+    columns = 1.4 * characters // (8 + max(map(len, handles[1])))
+    figure.legend(*handles, loc="outside lower center", ncols=min(max(int(columns), 1), 4), frameon=False, fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
     write_atomically(path, picture.getvalue())
-
-
-AGAINST = {"epoch": "epoch", "env_steps": "environment steps", "seconds": "seconds of training"}
 
 
 def curve(runs, key, points=200):
@@ -628,38 +702,73 @@ def curve(runs, key, points=200):
 
 
 def curves(labels):
-    """curves.csv: the lines of curves.png at 40 points each."""
+    """curves.csv: the lines of curves.png at 40 points each, and the same against seconds."""
     lines = ["label,against,x,median,low,high"]
     for label, runs in labels.items():
-        for key in AGAINST:
+        for key in ("epoch", "env_steps", "seconds"):
             for numbers in zip(*curve(runs, key, 40), strict=True):
                 lines.append(f'"{label}",{key},' + ",".join(f"{x:.4g}" for x in numbers))
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(plt, labels, path):
-    """Fig. 2 and 3: smoothed return after adaptation against epochs, env steps and seconds, one line an algorithm."""
-    config = next(iter(labels.values()))[0]["config"]
-    figure, panels = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", sharey=True)
+def draw_lines(plt, labels, panels, said, path, thresholds_on):
+    """Two panels, each {label: (x, median, low, high)} and what its axes are called; thresholds_on: "x" or "y"."""
+    figure, both = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharex=thresholds_on == "x", sharey=True)
     looks = style(labels, plt.get_cmap("viridis"))
-    for axes, (key, name) in zip(panels, AGAINST.items(), strict=True):
-        for offset, (label, runs) in enumerate(labels.items()):
-            x, middle, low, high = curve(runs, key)
-            if len(runs) >= BAND:
+    thresholds = {run["config"]["threshold"] for runs in labels.values() for run in runs} - {None}
+    for axes, (lines, names) in zip(both, panels, strict=True):
+        for offset, (label, (x, middle, low, high)) in enumerate(lines.items()):
+            if len(labels[label]) >= BAND:
                 axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.15, linewidth=0)
             axes.plot(x, middle, markevery=(offset * 16 // len(labels), 16), **looks[label])
-        if (threshold := config["threshold"]) is not None:
-            axes.axhline(threshold, color="0.5", linewidth=0.8, linestyle=":")
-            axes.annotate(f"convergence: {threshold:g}", (0.995, threshold), (0, -3), ha="right", va="top", fontsize=8,
-                          color="0.35", xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
-        axes.set(xlabel=name)
+        for at in thresholds:
+            (axes.axvline if thresholds_on == "x" else axes.axhline)(at, color="0.5", linewidth=0.8, linestyle=":")
+        (axes.yaxis if thresholds_on == "x" else axes.xaxis).set_major_formatter(short)
+        axes.set(**names)
+        axes.title.set_fontsize(10)
+        axes.label_outer()
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"mean return after adaptation (undiscounted, EMA {EMA})")
-    figure.suptitle(f"{config['env']}, {config['rl']}{over_seeds(labels)}")
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    save_figure(figure, path)
+    dotted = f"; dotted: convergence, {values_of('threshold', labels)}" if thresholds else ""
+    said = f"{title(labels)}: {said}{over_seeds(labels)}{dotted}"
+    finish(figure, both[0].get_legend_handles_labels(), said, path)
     plt.close(figure)
+
+
+def draw_curves(plt, labels, path):
+    """Fig. 2 and 3: smoothed return after adaptation against epochs and env steps, one line a label."""
+    panels = [
+        ({label: curve(runs, key) for label, runs in labels.items()},
+         {"xlabel": name, "ylabel": f"mean return (undiscounted, EMA {EMA})"})
+        for key, name in (("epoch", "epoch"), ("env_steps", "env steps"))
+    ]  # fmt: skip
+    draw_lines(plt, labels, panels, "return after adaptation, by epochs and by env steps", path, "y")
+
+
+def draw_thresholds(plt, labels, path):
+    """Env steps to every return as threshold, by both criteria: which algorithm is first may depend on either."""
+    ends = [first_passage(run["log"]["return_post"])[[0, -1]] for runs in labels.values() for run in runs]
+    thresholds = np.linspace(np.nanmedian(ends, 0)[0], np.nanmax(ends, 0)[1], 100)
+    titles = ("first passage: the smoothed return exceeds it", f"sustained: means of {WINDOW} epochs stay over it")
+    panels = [
+        ({label: passages(runs, criterion, thresholds) for label, runs in labels.items()},
+         {"title": name, "xlabel": "threshold of the mean return after adaptation", "ylabel": "env steps"})
+        for criterion, name in zip(CRITERIA, titles, strict=True)
+    ]  # fmt: skip
+    draw_lines(plt, labels, panels, "env steps to every threshold, by two criteria", path, "x")
+
+
+def passages(runs, criterion, thresholds):
+    """Env steps to thresholds: (x, median, low, high), (T,) each; it ends where the median is infinite, and the band at
+    the end of training."""
+    steps = np.stack([spent(run, criterion, "env_steps", thresholds) for run in runs])
+    middle, low, high = median_interval(steps, positive=True)
+    end = max(run["log"]["env_steps"][-1] for run in runs)
+    return thresholds, *(np.where(np.isfinite(middle), np.minimum(x, end), math.nan) for x in (middle, low, high))
+
+
+def short(x, position=None):
+    """An axis tick: 350k, 1.2M."""
+    return ("-" if x < 0 else "") + thousands(abs(x))
 
 
 def held_out(runs):
@@ -688,15 +797,13 @@ def draw_adaptation(plt, labels, path):
     if not labels:
         return False
     columns = min(len(labels), 4)
-    count = math.ceil(len(labels) / columns)
-    figure, panels = plt.subplots(
-        count, columns, figsize=(0.8 + 3 * columns, 0.8 + 2.8 * count), squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
-    )  # fmt: skip
+    rows = math.ceil(len(labels) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(max(0.8 + 3.2 * columns, 6), 1.6 + 2.8 * rows),
+                                  squeeze=False, sharex=True, sharey=True, layout="constrained")  # fmt: skip
     for panel in panels.flat[len(labels) :]:
         panel.set_visible(False)
-    for panel, (label, runs) in zip(panels.flat, labels.items(), strict=False):
-        config = runs[0]["config"]
+    names = next(iter(labels.values()))[0]["config"]["phi_names"]
+    for i, (panel, (label, runs)) in enumerate(zip(panels.flat, labels.items(), strict=False)):
         x, returns = held_out(runs)
         for step, (colour, mark, line) in zip(sorted({0, 1, returns.shape[1] - 1}), LOOKS, strict=False):
             middle, low, high = median_interval(returns[:, step])
@@ -705,18 +812,14 @@ def draw_adaptation(plt, labels, path):
                 panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             panel.plot(x, middle, color=colour, marker=mark, markersize=4, label=name, linestyle=line)
         after = span([int(run["eval"][-1]["epoch"]) for run in runs])
-        panel.set_title(f"{label} ({len(runs)} run{'s' * (len(runs) > 1)}, epoch {after})", fontsize=9)
+        panel.set_title(f"{textwrap.fill(label, 36)}\n{number_of(runs)}, epoch {after}", fontsize=9)
         panel.grid(alpha=0.3)
-    figure.suptitle(f"{config['env']}, {config['rl']}: held-out tasks at the last evaluation{over_seeds(labels)}")
-    for column in range(columns):  # the lowest panel of each column
-        lowest = panels.flat[max(range(column, len(labels), columns))]
-        lowest.set_xlabel(
-            config["phi_names"][0] if len(config["phi_names"]) == 1 else "distance of φ from the mean task"
-        )
-        lowest.tick_params(labelbottom=True)
+        if i + columns >= len(labels):  # the lowest panel of its column
+            panel.set_xlabel(names[0] if len(names) == 1 else "distance of φ from the mean task")
+            panel.tick_params(labelbottom=True)
     figure.supylabel("mean return (undiscounted)", fontsize=10)
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    save_figure(figure, path)
+    said = f"{title(labels)}: held-out tasks before and after adaptation{over_seeds(labels)}"
+    finish(figure, panels.flat[0].get_legend_handles_labels(), said, path)
     plt.close(figure)
     return True
 
@@ -731,8 +834,7 @@ def write(root):
     numbers = summary(labels)
     write_atomically(root / "summary.csv", numbers)
     write_atomically(root / "curves.csv", curves(labels))
-    config = next(iter(labels.values()))[0]["config"]
-    body = text(read_summary(numbers), config["env"], config["rl"], config["threshold"])
+    body = text(read_summary(numbers), title(labels), values_of("threshold", labels))
     write_atomically(root / "report.md", body + "".join(f"\n{line}.\n" for line in left_out))
     lines = [f"wrote {root / 'report.md'}"]
     try:
@@ -745,22 +847,29 @@ def write(root):
     import matplotlib.pyplot as plt
 
     draw_curves(plt, labels, root / "curves.png")
-    lines.append(f"wrote {root / 'curves.png'}")
+    draw_thresholds(plt, labels, root / "thresholds.png")
+    lines += [f"wrote {root / name}" for name in ("curves.png", "thresholds.png")]
     if draw_adaptation(plt, labels, root / "adaptation.png"):
         lines.append(f"wrote {root / 'adaptation.png'}")
     return lines, left_out
 
 
-def main(names):
+def main(arguments=None):
     """Write the reports of these folders of runs."""
-    for name in names:
+    parser = argparse.ArgumentParser(
+        prog="report.py",
+        description="Rewrite report.md, summary.csv, curves.csv and the figures of folders from the runs in them.",
+        epilog="Example: python report.py runs/cartpole-pg",
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder with runs in it, at any depth")
+    for name in parser.parse_args(arguments).folders:
+        if not Path(name).is_dir():
+            sys.exit(f"report.py: {name}: there is no such folder")
         try:
-            if not Path(name).is_dir():
-                raise ValueError("not a folder")
             print(*itertools.chain(*write(name)), sep="\n")
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"report.py: {name}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

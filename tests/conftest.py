@@ -11,4 +11,5 @@ def figures_where_they_are_looked_at(request, monkeypatch):
     """Figures take a second each, most of a small training's time: test_report.py draws them, the others do not."""
     if request.module.__name__ != "tests.test_report":
         monkeypatch.setattr(report, "draw_curves", lambda plt, labels, path: None)
+        monkeypatch.setattr(report, "draw_thresholds", lambda plt, labels, path: None)
         monkeypatch.setattr(report, "draw_adaptation", lambda plt, labels, path: False)

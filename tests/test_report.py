@@ -315,7 +315,7 @@ def test_a_summary_without_the_new_columns_shows_dashes(experiment):
     for column in ("sustained", "epochs to sustained", "area", "P(fewer epochs by δ, sustained)"):
         assert line[column] == "–"
     assert line["epochs to convergence"] == "2 [2, 2]"
-    assert "env steps trained: not recorded" in report.text(old, "toy", "pg", 15.0)
+    assert "env steps trained: not recorded" in report.text(old, "toy, pg", "15")
 
 
 def test_the_medians_of_what_the_delta_step_does_are_shown_where_they_were_logged(tmp_path):
@@ -329,12 +329,11 @@ def test_the_medians_of_what_the_delta_step_does_are_shown_where_they_were_logge
     names = ["norm of the δ-step", "norm of the β-step", "their cosine"]
     assert [cells(tmp_path, "directed-maml")[name] for name in names] == ["3", "5", "0.1"]
     assert [cells(tmp_path, "maml")[name] for name in names] == ["–", "7", "–"]
-    assert "norms of the δ-step" in (tmp_path / "report.md").read_text()
 
 
 def test_without_norms_in_the_log_the_tables_have_no_columns_for_them(experiment):
     report.write(experiment)
-    assert "norm" not in (experiment / "report.md").read_text().replace("normal", "")
+    assert "norm of the δ-step" not in cells(experiment, "directed-maml")
 
 
 def test_one_run_has_no_interval(tmp_path):
@@ -344,14 +343,107 @@ def test_one_run_has_no_interval(tmp_path):
     assert "[" not in text and "95%" not in text and "one run for each line" in text
     assert cells(tmp_path, "maml")["epochs to convergence"] == "4"
     titles = [report.over_seeds({"maml": [None] * runs, "fomaml": [None]}) for runs in (1, 2, 3)]
-    assert titles == ["", ": median over seeds", ": median over seeds, pointwise 95% interval"]
+    assert titles == ["", "; median over seeds", "; median over seeds, pointwise 95% interval"]
     assert (tmp_path / "curves.csv").read_text().splitlines()[1] == '"maml",epoch,1,10,nan,nan'
 
 
-def test_without_seeds_that_tell_runs_apart_there_is_no_paired_speed_up(experiment):
-    shutil.copytree(experiment / "maml" / "seed1", experiment / "maml" / "other" / "seed1")
+def test_a_run_that_is_there_twice_counts_once(experiment):
+    shutil.copytree(experiment / "maml" / "seed1", experiment / "other" / "seed1")
+    lines, left_out = report.write(experiment)
+    assert cells(experiment, "maml")["runs"] == "3"
+    assert len(left_out) == 1 and "the same settings and seed as" in left_out[0]
+
+
+# --- lines: runs that differ in nothing but their seeds ---
+
+
+def change(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_runs_that_differ_in_a_setting_are_lines_of_their_own_and_named_by_it(tmp_path):
+    for alpha in (0.001, 0.01, 0.1):
+        write_run(tmp_path / f"alpha{alpha}" / "seed1", "maml", None, [1.0] * 3)
+        change(tmp_path / f"alpha{alpha}" / "seed1", alpha=alpha, hidden=[64, 64])
+    write_run(tmp_path / "seed2", "maml", None, [1.0] * 3)
+    change(tmp_path / "seed2", alpha=0.1, hidden=[8])
+    labels, _ = report.read(tmp_path)
+    assert list(labels) == [
+        "maml, α = 0.001, hidden = 64 64", "maml, α = 0.01, hidden = 64 64", "maml, α = 0.1, hidden = 64 64",
+        "maml, α = 0.1, hidden = 8",
+    ]  # fmt: skip
+    report.write(tmp_path)
+    assert cells(tmp_path, "maml, α = 0.01, hidden = 64 64")["runs"] == "1"
+
+
+def test_algorithms_that_differ_in_a_setting_are_named_by_it_but_for_reptiles_own(tmp_path):
+    write_run(tmp_path / "a" / "seed1", "maml", None, [1.0] * 3)
+    write_run(tmp_path / "b" / "seed1", "reptile", None, [1.0] * 3)
+    change(tmp_path / "b" / "seed1", beta=1, inner_steps=5)
+    assert list(report.read(tmp_path)[0]) == ["maml", "reptile"]
+    change(tmp_path / "b" / "seed1", beta=1, inner_steps=5, tasks=20)
+    change(tmp_path / "a" / "seed1", tasks=5)
+    assert list(report.read(tmp_path)[0]) == ["maml, tasks = 5", "reptile, tasks = 20"]
+
+
+def test_what_follows_from_other_settings_or_does_not_matter_names_no_line(tmp_path):
+    for alpha, epochs in ((0.001, 10), (0.01, 20)):
+        write_run(tmp_path / f"{alpha}" / "seed1", "meta-sgd", None, [1.0] * 3)
+        change(tmp_path / f"{alpha}" / "seed1", alpha=alpha, beta_alpha=alpha * 0.001, epochs=epochs, device="cpu")
+    assert list(report.read(tmp_path)[0]) == ["meta-sgd, α = 0.001", "meta-sgd, α = 0.01"]
+    change(tmp_path / "0.01" / "seed1", alpha=0.001, beta_alpha=0.001)
+    assert "meta-sgd, beta_alpha = 0.001" in report.read(tmp_path)[0]
+
+
+def test_numbers_written_as_1_and_1_0_are_the_same_setting(tmp_path):
+    for seed, beta in ((1, 1), (2, 1.0)):
+        write_run(tmp_path / f"seed{seed}", "maml", None, [1.0] * 3)
+        change(tmp_path / f"seed{seed}", beta=beta)
+    assert len(report.read(tmp_path)[0]["maml"]) == 2
+
+
+SPEED_UP = "speed-up by δ: epochs; steps; s"
+
+
+def test_a_speed_up_is_shown_only_where_the_delta_step_is_all_that_differs(experiment):
     report.write(experiment)
-    assert cells(experiment, "directed-maml")["speed-up by δ: epochs; steps; s"] == "–"
+    assert cells(experiment, "directed-maml")[SPEED_UP].startswith("2×")
+    directed = list(experiment.glob("directed-maml/*/*"))
+    for folder in directed:
+        change(folder, medium="random", delta_schedule="decay")
+    report.write(experiment)
+    assert cells(experiment, "directed-maml")[SPEED_UP].startswith("2×")
+    for folder in directed:
+        change(folder, trajectories=20)
+    for folder in experiment.glob("maml/*"):
+        change(folder, trajectories=10)
+    report.write(experiment)
+    line = cells(experiment, "directed-maml, trajectories = 20")
+    assert line[SPEED_UP] == line["P(fewer epochs by δ)"] == "–"
+
+
+def test_each_directed_line_is_compared_with_its_own_counterpart(tmp_path):
+    """maml gets there in 4 epochs with α = 1 and in 3 with α = 2; directed-maml in 2 with either."""
+    for alpha, epochs in ((1, 4), (2, 3)):
+        write_run(tmp_path / f"a{alpha}" / "seed1", "maml", None, [10.0] * (epochs - 1) + [100.0])
+        write_run(tmp_path / f"b{alpha}" / "seed1", "directed-maml", 0.1, [10.0, 100.0])
+        for name in "ab":
+            change(tmp_path / f"{name}{alpha}" / "seed1", alpha=alpha)
+    report.write(tmp_path)
+    assert cells(tmp_path, "directed-maml, α = 1")[SPEED_UP] == "2×; 2×; 2×"
+    assert cells(tmp_path, "directed-maml, α = 2")[SPEED_UP] == "1.5×; 1.5×; 1.5×"
+
+
+def test_old_summaries_compare_the_lines_of_one_command_unless_their_beta_differs(experiment):
+    report.write(experiment)
+    numbers = report.read_summary((experiment / "summary.csv").read_text())
+    for runs in numbers.values():
+        del runs["counterpart"]
+    assert report.by_delta("directed-maml", numbers)[0].startswith("2×")
+    assert report.by_delta("maml", numbers) == ("–", "–")
+    numbers["maml"]["beta"] = [0.002] * 3
+    assert report.by_delta("directed-maml", numbers) == ("–", "–")
 
 
 def test_failed_runs_are_counted_and_not_dropped(experiment):
@@ -392,7 +484,7 @@ def test_runs_evaluated_after_different_numbers_of_steps_share_a_summary(experim
     config = json.loads((experiment / "fomaml" / "seed1" / "config.json").read_text())
     (experiment / "fomaml" / "seed1" / "config.json").write_text(json.dumps(config | {"eval_steps": 1}))
     report.write(experiment)
-    assert "| fomaml | 10 | 11 | – |" in (experiment / "report.md").read_text()
+    assert "| fomaml, eval_steps = 1 | 10 | 11 | – |" in (experiment / "report.md").read_text()
 
 
 def test_without_an_undirected_twin_delta_0_is_the_twin(tmp_path):
@@ -429,18 +521,45 @@ def test_the_command_writes_reports_and_says_in_one_line_what_is_not_a_folder(ex
     assert "report.md" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         report.main([str(experiment / "x")])
-    assert str(stop.value) == f"report.py: {experiment / 'x'}: ValueError: not a folder"
+    assert str(stop.value) == f"report.py: {experiment / 'x'}: there is no such folder"
+
+
+def test_the_command_without_a_folder_says_how_to_use_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main([])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("usage: report.py [-h] FOLDER")
 
 
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])
 def test_figures_are_drawn(tmp_path, phi):
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "a" / "seed1", "maml", None, [1.0, 2.0], phi=phi)
-    write_run(tmp_path / "b" / "seed1", "directed-maml", 0.1, [1.0, 2.0], phi=phi)
+    for seed in (1, 2, 3):
+        write_run(tmp_path / "b" / f"seed{seed}", "directed-maml", 0.1, [1.0, 2.0] * 15, phi=phi)
     lines, left_out = report.write(tmp_path)
-    assert len(lines) == 3 and left_out == []
-    for name in ("curves.png", "adaptation.png"):
+    assert len(lines) == 4 and left_out == []
+    for name in ("curves.png", "thresholds.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_passages_of_a_figure_by_hand():
+    """Runs that reach 10, 20 and 30 in their first epochs of 100, 200 and 300 env steps: over 5 at the median of those,
+    over 15 at 200, 300 and never, over 25 at 300, never and never, which ends the line."""
+    runs = [logged([reached] * 20, steps + np.arange(20)) for reached, steps in ((10, 100), (20, 200), (30, 300))]
+    x, middle, low, high = report.passages(runs, "convergence", np.array([5, 15, 25]))
+    np.testing.assert_array_equal(x, [5, 15, 25])
+    np.testing.assert_array_equal(middle, [200, 300, math.nan])
+    assert low[0] < 100 and 300 < high[0] <= 319 and high[1] == 319  # the band ends with the training
+
+
+def test_ticks_are_short():
+    assert [report.short(x) for x in (-200_000.0, 0.0, 350_000.0, 1.2e6)] == ["-200k", "0", "350k", "1.2M"]
+
+
+def test_lines_have_looks_of_their_own_however_many_values_an_algorithm_has():
+    runs = [{"config": {"algo": algo}} for algo in ("maml", "maml", "directed-maml", "fomaml", "fomaml")]
+    looks = report.style({str(i): [run] for i, run in enumerate(runs)}, lambda x: x)
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 5
 
 
 def test_held_out_returns_of_a_plane_are_averaged_over_equal_distance(tmp_path):
