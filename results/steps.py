@@ -76,6 +76,7 @@ def draw(panel, env, cells):
     ticks = [x for x in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1) if left <= x <= right]
     panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
     panel.set_xticks([], minor=True)
+    panel.yaxis.set_major_formatter(report.short)
     panel.grid(alpha=0.3)
 
 
