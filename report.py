@@ -185,7 +185,7 @@ def varies(key, runs):
 
 def labelled(runs):
     """{label: runs}: those of a line differ in their seeds alone. The label is the algorithm and every setting that
-    varies; each undirected algorithm stands before its directed twin, and those by their settings."""
+    varies; each undirected algorithm stands before the directed one, and each by its settings."""
 
     def place(run):
         algo = run["settings"]["algo"]
@@ -246,7 +246,7 @@ def parse_config(text):
     kinds = {"env": str, "rl": str, "algo": str, "seed": int, "phi_names": list, "range": list, "inner_steps": int}
     kinds |= {"eval_steps": int, "beta": number[:2], "delta": number, "threshold": number}
     for key, kind in kinds.items():
-        if not isinstance(config[key], kind):
+        if not isinstance(config[key], kind) or isinstance(config[key], bool):
             raise ValueError(f"{key} is {config[key]!r}")
     if not all(isinstance(config.get(key), number) for key in ("alpha", "beta_alpha")):
         raise ValueError("alpha or beta_alpha is not a number")
@@ -332,9 +332,9 @@ def area(run, env_steps):
 # --- a line of numbers for each run ---
 
 
-def summarise(label, run, twin, env_steps):
-    """What the tables need of a run: {column of summary.csv: value}; twin: the label of its undirected counterpart; its
-    area is that over env_steps."""
+def summarise(label, run, other, env_steps):
+    """What the tables need of a run: {column of summary.csv: value}; `other` is the label of its undirected
+    counterpart, `env_steps` what the area goes over."""
     config, log = run["config"], run["log"]
     seconds = np.diff(log["seconds"], prepend=0)
     threshold = math.inf if config["threshold"] is None else config["threshold"]
@@ -342,7 +342,7 @@ def summarise(label, run, twin, env_steps):
     return {
         "label": label,
         "algo": config["algo"],
-        "counterpart": twin,
+        "counterpart": other,
         "beta": config["beta"],
         "delta": 0.0 if config["delta"] is None else config["delta"],
         "seed": config["seed"],
@@ -394,8 +394,8 @@ def summary(labels):
     env_steps = equal_env_steps(labels)
     rows = []
     for label, runs in labels.items():
-        twin = counterpart(runs[0], labels)
-        rows += [summarise(label, run, twin, env_steps) for run in runs]
+        other = counterpart(runs[0], labels)
+        rows += [summarise(label, run, other, env_steps) for run in runs]
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))  # --eval-steps may differ
     writer = csv.DictWriter(text, columns, restval="nan", lineterminator="\n")
@@ -455,7 +455,9 @@ SHOWN = ("{:.4g}".format, thousands, thousands)  # epochs, env steps, seconds
 
 
 def improvement(ours, theirs):
-    """The probability that a run of ours needs less than one of theirs, with its interval."""
+    """The probability that a run of ours needs less than one of theirs, with its interval; – for single runs."""
+    if min(len(ours), len(theirs)) < 2:
+        return "–"
     return "{:.2f} [{:.2f}, {:.2f}]".format(*probability_interval(ours, theirs))
 
 
@@ -476,10 +478,10 @@ def training_cells(runs):
         "s per epoch": plus_minus(mean, std),
         "s per 1000 epochs": plus_minus(1000 * means.mean(), 1000 * means.std()),
         "area": with_interval(runs.get("area", [])),
-        "final return": with_interval(of_sound_runs(runs, "final_return")),
-        "spread": with_interval(of_sound_runs(runs, "spread")),
+        "final return": with_interval(without_failed(runs, "final_return")),
+        "spread": with_interval(without_failed(runs, "spread")),
         "held-out before": after[0],
-        "held-out after": after[min(int(runs["inner_steps"][0]), len(after) - 1)],
+        "held-out after": after[int(min(runs["inner_steps"][0], len(after) - 1))],
         **{name: with_interval(runs.get(key, [])) for key, name in STEPS.items()},
     }
 
@@ -507,7 +509,7 @@ def cells(name, label, labels):
     return {"algorithm": name, **training_cells(runs), **convergence_cells(label, labels), **by_inner_steps(runs)}
 
 
-def of_sound_runs(runs, key):
+def without_failed(runs, key):
     """A column of a label's runs without those that failed."""
     return [value for value, failed in zip(runs[key], runs["failed"], strict=True) if not failed]
 
@@ -518,7 +520,7 @@ def by_inner_steps(runs):
     for key in runs:
         if key.startswith("held_out_"):
             where, step = key.split("_")[2:]
-            texts[f"{where} Φ, {step} step{'s' * (step != '1')}"] = with_interval(of_sound_runs(runs, key))
+            texts[f"{where} Φ, {step} step{'s' * (step != '1')}"] = with_interval(without_failed(runs, key))
     return texts
 
 
@@ -526,23 +528,23 @@ def by_delta(label, labels, criterion="convergence"):
     """The counterpart's epochs, env steps and seconds over these runs', seed by seed, and the probability that these
     need fewer epochs; – without a counterpart that differs in the δ-step alone."""
     runs, columns = labels[label], spent_columns(criterion)
-    twin = labels.get(twin_of(label, labels), {})
-    if columns[0] not in twin:
+    other = labels.get(counterpart_of(label, labels), {})
+    if columns[0] not in other:
         return "–", "–"
-    pairs = ([dict(zip(x["seed"], x[key], strict=True)) for x in (twin, runs)] for key in columns)
-    return "; ".join(speed_up(*pair) for pair in pairs), improvement(runs[columns[0]], twin[columns[0]])
+    pairs = ([dict(zip(x["seed"], x[key], strict=True)) for x in (other, runs)] for key in columns)
+    return "; ".join(speed_up(*pair) for pair in pairs), improvement(runs[columns[0]], other[columns[0]])
 
 
-def twin_of(label, labels):
+def counterpart_of(label, labels):
     """The label of the undirected counterpart, or ""; summaries from before this column hold the runs of one command,
     in which β may vary."""
     runs = labels[label]
     if "counterpart" in runs:
         return runs["counterpart"][0]
     base, zero = runs["algo"][0].removeprefix("directed-"), f"{runs['algo'][0]}, δ = 0"
-    twin = base if base in labels else zero
-    alike = twin in labels and set(labels[twin]["beta"]) == set(runs["beta"])
-    return twin if alike and label not in (base, zero) else ""
+    other = base if base in labels else zero
+    alike = other in labels and set(labels[other]["beta"]) == set(runs["beta"])
+    return other if alike and label not in (base, zero) else ""
 
 
 def markdown(lines):
@@ -636,7 +638,7 @@ def about_intervals(labels):
         return "There is one run for each line, so nothing has an interval."
     return f"""Numbers are medians over seeds with 95% intervals for the median: from 5 runs on by order statistics,
 whatever the distribution (5 runs: 93.75%); below 5 by the range, widened as for normal returns and for log-normal
-convergence; one run has no interval. Speed-up, for epochs; env steps; s: the undirected twin's number (or that of
+convergence; one run has no interval. Speed-up, for epochs; env steps; s: the undirected counterpart's (or that of
 δ = 0) over this one's, seed by seed, the median over the seeds that both have, with the same interval on the log; –
 where there are no runs that differ in the δ-step alone. P: the probability that a run with the δ-step needs fewer
 epochs than one without, ties half, with Newcombe's interval (method 5). No interval is adjusted for the number of arms,

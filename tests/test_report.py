@@ -506,6 +506,7 @@ def test_the_probability_of_improvement_by_hand():
     np.testing.assert_allclose(report.probability_interval([2] * 5, [1] * 5), (0, 0, 1 - 0.6427), atol=1e-4)
     assert report.probability_interval([math.inf] * 3, [math.inf, math.inf, math.nan])[0] == 0.5
     assert report.improvement([1] * 5, [2] * 5) == "1.00 [0.64, 1.00]"
+    assert report.improvement([1], [2, 3]) == report.improvement([1, 2], [3]) == "–"
     assert np.isnan(report.probability_interval([], [1])).all()
 
 
