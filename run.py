@@ -49,6 +49,7 @@ def main(argv=None):
         if args.watch is not None:
             return print(trained.watch(args.watch, args.phi, args.env))
         check_ranks(args, ranks)
+        torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
         check_memory(args, env)
         runs = [run for algo in args.algo for run in plan(args, algo, env)]

@@ -162,7 +162,6 @@ def command(words):
             code = stop.code
         except BaseException:
             trace = traceback.format_exc()
-    torch.set_num_threads(1)
     return code, error.getvalue(), trace
 
 
@@ -217,7 +216,11 @@ def fuzz(count, seed, show_bar=False):
     """So many command lines, and what came of them."""
     rng, result, previous = random.Random(seed), Fuzz(), None
     figures = {"draw_curves": lambda plt, labels, path: None, "draw_adaptation": lambda plt, labels, path: False}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(report, **figures):  # they take a second each
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.multiple(report, **figures),  # they take a second each
+        mock.patch.object(torch, "set_num_threads"),  # a command must not fork after another used several threads
+    ):
         for i in tqdm(range(count), "fuzz", disable=None if show_bar else True):
             right = rng.random() < 0.4
             line = right_line(rng)
