@@ -95,7 +95,7 @@ def right_line(rng):
     line = {"env": [name], "algo": right_values(run.ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
         line |= {"param": ["g"], "range": ["5", "15"]}
-    args = argparse.Namespace(rl=None, watch=None)
+    args = argparse.Namespace(rl=None, watch=None, advantages=None, inner_steps=None)
     chosen = [s for s in run.ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param")]
     for setting in chosen:
         if rng.random() < 0.25:
@@ -206,6 +206,9 @@ def in_folder(line, right, rng, folder, previous):
     if place < 0.95:  # something else, in the same folder
         return [*line, ["--out", str(out)], [rng.choice(["--resume", "--overwrite", "--quiet"])]], out, False
     path = rng.choice(list(out.rglob("config.json")))
+    if place < 0.975:
+        others = rng.choice([[], [rng.choice(line)]])
+        return [["--like", str(path.parent)], ["--out", str(folder)], ["--workers", "1"], *others], folder, not others
     low = json.loads(path.read_text())["range"][::2]
     right_ones = rng.choice([[], [["--phi", *map(str, low)]]])
     others = rng.choice([[], [rng.choice(line)]])
@@ -215,6 +218,7 @@ def in_folder(line, right, rng, folder, previous):
 def fuzz(count, seed, show_bar=False):
     """So many command lines, and what came of them."""
     rng, result, previous = random.Random(seed), Fuzz(), None
+    torch.set_num_threads(1)
     figures = {"draw_curves": lambda plt, labels, path: None, "draw_adaptation": lambda plt, labels, path: False}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -240,8 +244,8 @@ def fuzz(count, seed, show_bar=False):
             result.flags[outcome].update({flag for flag, *_ in line})
             if previous and out != previous[1]:
                 shutil.rmtree(previous[1], ignore_errors=True)
-            keep = [part for part in line if part[0] not in ("--out", "--resume", "--overwrite", "--watch")]
-            if "--watch" not in words:
+            keep = [part for part in line if part[0] not in ("--out", "--resume", "--overwrite")]
+            if not {"--watch", "--like"} & set(words):
                 previous = (keep, out) if code == 0 and not trace else None
     return result
 

@@ -374,6 +374,7 @@ def test_a_sweep_killed_at_random_moments_equals_one_that_was_not(tmp_path, star
         time.sleep(rng.expovariate(1 / 0.02))
         command.send(signal.SIGKILL)
         assert command.wait() == (-signal.SIGKILL, [])
+        torture.wait_for_the_end(command.pid)  # its processes hold the locks until they have ended
         epochs = max(len(rows(path)) for path in (tmp_path / "killed").rglob("log.csv"))  # processes differ
     train(tmp_path / "killed", *words, "--resume", algo="directed-fomaml", epochs=epochs + 2)
     train(tmp_path / "whole", *words, algo="directed-fomaml", epochs=epochs + 2)
