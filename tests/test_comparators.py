@@ -93,7 +93,9 @@ def test_joint_training_takes_one_rollout_an_epoch_and_the_summed_gradient_of_th
     phi = envs.sample_tasks(env, rng, 2)
     noise = envs.draw_noise(env, rng, 2, 4)
     seen = {name: p.expand(-1, 2, *p.shape[2:]) for name, p in start.items()}
-    trajectories = parallel.with_numpy(partial(parallel.rollout_here, env, head), seen, phi, noise)
+    trajectories = parallel.with_numpy(
+        partial(parallel.rollout_here, env, partial(policies.actor, head=head)), seen, phi, noise
+    )
     gradient = dict.fromkeys(start, 0.0)
     for i in range(2):
         task = {key: x[:, i : i + 1] for key, x in trajectories.items()}
@@ -210,7 +212,9 @@ def test_the_pooled_medium_task_costs_k_trajectories_and_is_the_mean_over_the_ta
     for i in range(2):  # two trajectories of each task, one task after the other
         own = {key: x[:, i : i + 1] for key, x in noise.items()}
         parts.append(
-            parallel.with_numpy(partial(parallel.rollout_here, env, head), start, phi[:, i : i + 1], own),
+            parallel.with_numpy(
+                partial(parallel.rollout_here, env, partial(policies.actor, head=head)), start, phi[:, i : i + 1], own
+            ),
         )
     together = {key: torch.cat([part[key] for part in parts], 2) for key in parts[0]}  # (1, 1, K, ...)
     loss = policies.pg(start, together, head, 0.99, "lvc", "step")
