@@ -95,7 +95,7 @@ def right_line(rng):
     line = {"env": [name], "algo": right_values(run.ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
         line |= {"param": ["g"], "range": ["5", "15"]}
-    args = argparse.Namespace(rl=None, watch=None, advantages=None, inner_steps=None)
+    args = argparse.Namespace(rl=None, watch=None)
     chosen = [s for s in run.ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param")]
     for setting in chosen:
         if rng.random() < 0.25:
@@ -103,6 +103,13 @@ def right_line(rng):
         elif setting.name in SMALL:
             line[setting.name] = [SMALL[setting.name]]
         args.rl = line.get("rl", ["pg"])[0]
+    if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
+        line["inner_steps"] = ["1"]
+    if line["trajectories"] == ["1"]:  # too few for most baselines
+        line["trajectories"] = ["2"]
+    if line.get("medium") == ["pooled"]:  # K a multiple of M
+        line |= {"tasks": ["1"]}
+    args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
     for setting in chosen:  # a flag that does nothing is an error
         needed = run.NEEDS.get(setting.needs)
         if needed and not any(needed(args, algo) for algo in line["algo"]):
