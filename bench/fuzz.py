@@ -103,6 +103,13 @@ def right_line(rng):
         elif setting.name in SMALL:
             line[setting.name] = [SMALL[setting.name]]
         args.rl = line.get("rl", ["pg"])[0]
+    if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
+        line["inner_steps"] = ["1"]
+    if line["trajectories"] == ["1"]:  # too few for most baselines
+        line["trajectories"] = ["2"]
+    if line.get("medium") == ["pooled"]:  # K a multiple of M
+        line |= {"tasks": ["1"]}
+    args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
     for setting in chosen:  # a flag that does nothing is an error
         needed = run.NEEDS.get(setting.needs)
         if needed and not any(needed(args, algo) for algo in line["algo"]):

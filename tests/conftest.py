@@ -17,6 +17,7 @@ def no_figures(request, monkeypatch):
     """Figures take a second each, most of a small training's time: only a test that uses `figures` draws them."""
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(report, "draw_curves", lambda plt, labels, path: None)
+        monkeypatch.setattr(report, "draw_thresholds", lambda plt, labels, path: None)
         monkeypatch.setattr(report, "draw_adaptation", lambda plt, labels, path: False)
 
 

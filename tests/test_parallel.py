@@ -8,19 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import envs
 import parallel
+import policies
 from bench import torture
+from checkpoints import Run
 from envs import draw_noise, generators, make, rollout, sample_tasks
 from parallel import CapturedRollout, ProcessError, Workers
+from run import share_out
 from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train, wait_for
-from tests.test_envs import TORCH_ENVS, trained_on
+from tests.test_envs import BATCHED, trained_on
 
 GYM = ["--param", "g", "--range", "5", "15"]
 PENDULUM = ["--env", "Pendulum-v1", *GYM, "--algo", "fomaml", "--workers", "2"]
@@ -52,11 +55,20 @@ def noise_or_failure(params):
     return noise_itself(params)
 
 
+def in_numpy(phi, noise):
+    return phi.numpy(), {key: x.numpy() for key, x in noise.items()}
+
+
+def same(ours, theirs):
+    """The same trajectories to the last bit."""
+    return ours.keys() == theirs.keys() and all((x == theirs[key]).all() for key, x in ours.items())
+
+
 @pytest.fixture(scope="module")
 def pendulum():
     """An environment, φ and noise for one rollout of S = 1, M = 1, K = 2."""
     env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
-    return env, sample_tasks(env, generators([0], 1), 1), draw_noise(env, generators([0], 0), 1, 2)
+    return env, *in_numpy(sample_tasks(env, generators([0], 1), 1), draw_noise(env, generators([0], 0), 1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,7 @@ def lander():
     """An environment, φ, noise and the trajectories of a LunarLander rollout in this process."""
     env = make("lunarlander", horizon=120)
     noise = draw_noise(env, generators([0, 1], 0), 3, 3)
-    phi = sample_tasks(env, generators([0, 1], 1), 3)
+    phi, noise = in_numpy(sample_tasks(env, generators([0, 1], 1), 3), noise)
     return env, phi, noise, rollout(env, most_noise, phi, noise)
 
 
@@ -73,14 +85,14 @@ def test_workers_change_no_bit(lander, count):
     env, phi, noise, expected = lander
     with Workers(env, random_actions, count) as workers:
         trajectories = workers.rollout({}, phi, noise)
-    assert torture.equal(trajectories, expected)
+    assert same(trajectories, expected)
 
 
 def test_more_workers_than_trajectories_change_no_bit(pendulum):
     env, phi, noise = pendulum
     with Workers(env, noise_itself, 3) as workers:
         trajectories = workers.rollout({}, phi, noise)
-    assert torture.equal(trajectories, rollout(env, noise_itself({}), phi, noise))
+    assert same(trajectories, rollout(env, noise_itself({}), phi, noise))
 
 
 def test_what_fails_in_a_worker_is_said_here_and_it_serves_on(pendulum):
@@ -89,7 +101,7 @@ def test_what_fails_in_a_worker_is_said_here_and_it_serves_on(pendulum):
         says = "the environment failed in a sampling worker: FloatingPointError: no such luck"
         with pytest.raises(ProcessError, match=says):
             workers.rollout({"w": torch.zeros(1)}, phi, noise)
-        assert torture.equal(workers.rollout({}, phi, noise), rollout(env, noise_itself({}), phi, noise))
+        assert same(workers.rollout({}, phi, noise), rollout(env, noise_itself({}), phi, noise))
 
 
 def test_what_fails_in_this_process_is_said_the_same_way(pendulum):
@@ -116,6 +128,93 @@ def test_training_does_not_depend_on_the_workers_and_resumes_exactly(tmp_path):
             words = [*GYM, "--workers", workers, "--resume"]
             train(tmp_path / name, *words, env="Pendulum-v1", algo="directed-maml", epochs=epochs)
     assert torture.differences(tmp_path / "once", tmp_path / "twice") == []
+
+
+# --- training processes ---
+
+
+@pytest.mark.parametrize(
+    ("env", "size"),
+    [("cartpole", ["--horizon", 100, "--beta", 0.03, "--eval-every", 99]), ("lunarlander", ["--horizon", 40])],
+)
+def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_in_any_number_of_processes(tmp_path, env, size):
+    """While CartPole's episodes grow, so that the runs beside it have episodes of other lengths."""
+    epochs = 30 if env == "cartpole" else 2
+    words = {"env": env, "algo": "directed-maml", "epochs": epochs}
+    sweep = ["--seed", "1-3", "--delta", 0.005, 0.02] if env == "cartpole" else ["--seed", "1-3"]
+    train(tmp_path / "alone", *size, "--seed", 2, "--workers", 0, **words)
+    train(tmp_path / "one", *size, *sweep, "--workers", 1, **words)
+    train(tmp_path / "two", *size, *sweep, "--workers", 2, **words)
+    assert torture.differences(tmp_path / "one", tmp_path / "two") == []
+    run = f"{env}-pg/directed-maml/delta0.005/seed2"
+    assert torture.differences(tmp_path / "alone" / run, tmp_path / "two" / run) == []
+    log = rows(tmp_path / "alone" / run / "log.csv")
+    assert len(log) == epochs
+    assert env != "cartpole" or float(log[-1]["return_post"]) > 1.5 * float(log[0]["return_post"])
+
+
+SWEEP = ["--env", "cartpole", "--algo", "maml", "fomaml", "--seed", 1, 2, "--workers", 2]
+
+
+def test_every_process_has_equally_many_jobs_and_each_job_is_of_one_algorithm():
+    runs = [Run(None, {"algo": algo}, {"epoch": 0}) for algo in ("maml", "fomaml", "reptile") for _ in range(4)]
+    assert [len(job) for job in share_out(runs, 1)] == [4, 4, 4]
+    assert [len(job) for job in share_out(runs, 2)] == [2] * 6
+    assert [len(job) for job in share_out(runs, 3)] == [4, 4, 4]
+    assert [len(job) for job in share_out(runs[:4], 8)] == [1] * 4
+    runs[0].state["epoch"] = 3
+    assert sorted(len(job) for job in share_out(runs, 1)) == [1, 3, 4, 4]
+    assert all(len({run.settings["algo"] for run in job}) == 1 for job in share_out(runs, 2))
+
+
+@linux
+def test_a_training_process_that_dies_ends_the_command_in_one_line_with_every_other_run_saved(tmp_path, start):
+    command = start(*SWEEP, out=tmp_path)
+    for algo in ("maml", "fomaml"):
+        command.wait_for_epoch(tmp_path / f"cartpole-pg/{algo}/seed2/log.csv")
+    os.kill(workers_of(command.pid)[0], signal.SIGKILL)
+    code, lines = command.wait()
+    assert code == 1
+    assert lines == ["run.py: a training process died; continue from the last checkpoint with --resume"]
+    assert len(list(tmp_path.rglob("checkpoint.pt"))) == 2
+    torture.wait_for_the_end(command.pid)
+
+
+@linux
+def test_a_signal_stops_all_training_processes_after_their_epoch_and_the_command_continues(tmp_path, start):
+    command = start(*SWEEP, out=tmp_path)
+    for algo in ("maml", "fomaml"):
+        command.wait_for_epoch(tmp_path / f"cartpole-pg/{algo}/seed2/log.csv")
+    command.send(signal.SIGTERM)
+    code, lines = command.wait()
+    assert code == 128 + signal.SIGTERM and len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with")
+    states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
+    assert len(states) == 4 and all(state["epoch"] >= 3 for state in states)
+    epochs = max(state["epoch"] for state in states) + 1
+    train(tmp_path, "--seed", 1, 2, "--workers", 2, "--resume", algo="maml fomaml", epochs=epochs)
+    assert {len(rows(log)) for log in tmp_path.rglob("log.csv")} == {epochs}
+
+
+@linux
+def test_training_processes_of_a_killed_main_process_end_without_a_word(tmp_path, start):
+    command = start(*SWEEP, out=tmp_path)
+    command.wait_for_epoch(tmp_path / "cartpole-pg/maml/seed2/log.csv")
+    command.send(signal.SIGKILL)
+    assert command.wait() == (-signal.SIGKILL, [])
+    torture.wait_for_the_end(command.pid)
+
+
+def failing(job, tell):
+    if job == 1:
+        raise OSError(28, "No space left on device", "x/log.csv")
+    return [job]
+
+
+def test_an_error_in_a_training_process_is_raised_here_with_what_it_names():
+    with pytest.raises(OSError) as error:
+        parallel.run_jobs(failing, [0, 1, 2], 2, print, [])
+    assert (error.value.errno, error.value.filename) == (28, "x/log.csv")
+    assert sorted(parallel.run_jobs(failing, [0, 2, 3], 2, print, [])) == [0, 2, 3]
 
 
 def workers_of(pid):
@@ -347,12 +446,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_epoch(tmp_path, start_ranks):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", TORCH_ENVS)
+@pytest.mark.parametrize("name", BATCHED)
 def test_a_captured_rollout_is_the_rollout(name):
-    env, make_act, params, phi, noise = trained_on(name, "cuda")
+    env, head, params, phi, noise = trained_on(name, "cuda")
+    make_act = partial(policies.actor, head=head, xp=torch)
     captured = CapturedRollout(env, make_act)
     for _ in range(3):  # captured, replayed, replayed with other inputs
-        eager = rollout(env, make_act(params), phi, noise)
+        eager = rollout(env, make_act(params), phi, noise, torch)
         for key, x in captured(params, phi, noise).items():
-            torch.testing.assert_close(x, eager[key][:, :, :, : x.shape[3]] if key in envs.IN_TIME else eager[key])
+            torch.testing.assert_close(x, eager[key])
         phi, noise = phi.flip(1), {key: x.flip(2) for key, x in noise.items()}
