@@ -237,6 +237,8 @@ def fuzz(count, seed, show_bar=False):
             line = right_line(rng)
             for _ in range(0 if right else rng.randint(1, 2)):
                 line = spoil(line or [["--env", "point"]], rng)
+            if not any(flag == "--epochs" for flag, *_ in line):  # the default takes minutes
+                line.append(["--epochs", "1"])
             rng.shuffle(line)
             line, out, right = in_folder(line, right, rng, Path(folder) / str(i), previous)
             words = [word for part in line for word in part]
