@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
 
 import parallel
@@ -36,6 +37,35 @@ def test_every_configuration_has_its_row(tmp_path, capsys, monkeypatch):
     # a base and one other value of S, M and K, for three algorithms; the conventional design for both values of K
     assert len(sweep) == 3 * 4 and len(conventional) == 3 * 2
     assert len(found["Targets"][0]) == 3
+
+
+def test_jax_is_beside_ours_or_left_out_in_one_line(capsys, monkeypatch):
+    in_jax = {"epoch": 0.5, "compile": 9.5, "env_steps": 2 * 5 * 10 * 200}  # before and after, M, K, H
+    monkeypatch.setattr(benchmark, "in_fresh_processes", lambda function, *calls: [function(*call) for call in calls])
+    monkeypatch.setattr(benchmark, "measure_in_jax", lambda python, configuration, seconds: in_jax)
+    benchmark.main(["--small", "--repeats", "1", "--part", "jax"])
+    [[row]] = tables(capsys.readouterr().out)["JAX"]
+    assert row[:2] == ["maml", "1"] and row[3] == "0.5 [0.5, 0.5]"
+    assert row[6] == "209 [209, 209]"  # 9.5 + 399 · 0.5 s
+    in_jax["env_steps"] = 1
+    with pytest.raises(RuntimeError, match="20000 env steps an epoch, 1 by JAX"):
+        benchmark.main(["--small", "--repeats", "1", "--part", "jax"])
+    monkeypatch.setattr(benchmark, "measure_in_jax", lambda python, configuration, seconds: None)
+    benchmark.main(["--small", "--repeats", "1", "--part", "jax"])
+    assert "pip install jax" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_sweep_is_timed_on_one_core_and_on_all(capsys, monkeypatch):
+    commands = []
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 4)
+    benchmark.main(["--small", "--repeats", "2", "--part", "cores"])
+    processes = [command[command.index("--workers") + 1] for command in commands]
+    assert processes == ["1", "4", "1", "4"]
+    found = tables(capsys.readouterr().out)
+    assert [row[0] for row in found["A sweep on one core and on all"][0]] == ["1", "4"]
+    for command in commands:
+        assert len(run.parse(command[2:]).seed) == 2
 
 
 def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():
