@@ -178,22 +178,26 @@ def whiten(x, mask, baseline="task", obs=None):
 
 
 def linear_baseline(x, mask, obs, ridge=1e-5):
-    """b(s, t), the least-squares fit to x on (s, s², t/H, (t/H)², (t/H)³, 1) of Duan et al. 2016: (S, M, K, H).
+    """b(s, t), the least-squares fit to x on (s, s², t, t², t³, 1) of Duan et al. 2016: (S, M, K, H).
 
     For each trajectory it is fitted to the task's other K − 1: a fit to its own actions' returns would take part of
     the gradient away. Observations are clipped to ±10, as usual there, and predictions to the range of what was fitted,
-    since a cubic in t runs away behind the others' ends. In float64: these features are nearly collinear.
+    since a cubic in t runs away behind the others' ends. The ridge is that of features scaled to a mean square of 1, so
+    their units do not matter. In float64: these features are nearly collinear.
     """
     num_trajectories, horizon = x.shape[2:]
-    time = (torch.arange(horizon, device=x.device) / horizon).to(x).expand_as(x)
+    time = (torch.arange(horizon, device=x.device) / 100).to(x).expand_as(x)  # in t/H padding would change the rounding
     obs = obs.clamp(-10, 10)
     features = torch.cat([obs, obs**2, torch.stack([time, time**2, time**3, torch.ones_like(x)], -1)], -1)
     features = features.double() * mask.unsqueeze(-1)  # (S, M, K, H, F)
     products, targets = features.mT @ features, features.mT @ x.double().unsqueeze(-1)  # (S, M, K, F, F), (.., F, 1)
-    products, targets = (y.sum(2, keepdim=True) - y for y in (products, targets))  # of the others
-    products = products + ridge * torch.eye(features.shape[-1]).to(products)
-    weights = torch.linalg.solve_ex(products, targets).result  # solve would end all runs where one is not finite
     own = torch.eye(num_trajectories, dtype=torch.bool, device=x.device)
+    products, targets = ((~own).to(y) @ y.flatten(3) for y in (products, targets))  # of the others: (S, M, K, F·F), ..
+    products, targets = products.unflatten(3, 2 * features.shape[-1:]), targets.unsqueeze(-1)
+    squares = products.diagonal(dim1=-2, dim2=-1)  # (S, M, K, F); the last feature's are the number of steps
+    squares = torch.where(squares > 0, squares / squares[..., -1:], 1.0)
+    # solve_ex, since solve would end all runs where one is not finite
+    weights = torch.linalg.solve_ex(products + ridge * squares.diag_embed(), targets).result
     low, high = (
         (sign * torch.where(mask > 0, sign * x, math.inf).amin(3)).unsqueeze(2).masked_fill(own, sign * math.inf)
         for sign in (1, -1)

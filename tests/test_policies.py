@@ -497,8 +497,8 @@ def test_the_linear_baseline_is_a_ridge_regression_on_the_other_trajectories_of_
 
         others = [j for j in range(K) if j != k]
         a, y = torch.cat([rows(j) for j in others]), torch.cat([x[s, i, j][mask[s, i, j]] for j in others])
-        # The ridge as rows of its own: min |A w − y|² + 1e-5 |w|²
-        a = torch.cat([a, math.sqrt(1e-5) * torch.eye(a.shape[1], dtype=torch.float64)])
+        # The ridge as rows of its own: min |A w − y|² + 1e-5 Σⱼ (root mean square of column j · wⱼ)²
+        a = torch.cat([a, math.sqrt(1e-5) * a.square().mean(0).sqrt().diag()])
         weights = torch.linalg.lstsq(a, torch.cat([y, torch.zeros(a.shape[1])]), driver="gelsd").solution
         expected = rows(k) @ weights
         clipped += int(((expected < y.min()) | (expected > y.max())).sum())
