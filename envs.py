@@ -35,11 +35,12 @@ def generators(seeds, *stream):
 
 @dataclass(frozen=True)
 class Env:
-    """One task family. States are tensors (B, K, D) and are observed whole; φ is not observed.
+    """One task family. States are arrays (B, K, D) and are observed whole; φ is not observed.
 
-    dynamics: (φ (B, 1, P), noise (B, K, R) uniform in [0, 1)) -> the initial state, and step: (state, action) ->
+    dynamics: (φ (B, 1, P), noise (B, K, R) uniform in [0, 1), xp) -> the initial state, and step: (state, action) ->
         (state, reward, terminated, ended), the last three (B, K); ended: terminated, or truncated. Actions are (B, K)
-        in 0 .. actions−1, or (B, K, A) within the box `actions` = (low, high).
+        in 0 .. actions−1, or (B, K, A) within the box `actions` = (low, high). xp is numpy on a CPU, where a step of so
+        small arrays costs half of torch's; torch on a GPU: dynamics use what both have.
     """
 
     phi_names: tuple[str, ...]  # with units, of φ's P components
@@ -65,52 +66,45 @@ class Env:
         return self.actions if isinstance(self.actions, int) else len(self.actions[0])
 
 
-def constants(like, *values):
-    """A vector of numbers on the device and of the dtype of `like`, filled there: a copy from the host would make a GPU
-    wait, and no CUDA graph holds one."""
-    return torch.stack([like.new_full((), value) for value in values])
+def constants(like, values, xp):
+    """A vector of numbers of the dtype of `like`, filled on its device: no CUDA graph holds a copy from the host."""
+    return xp.stack([xp.full_like(like.reshape(-1)[0], value) for value in values])
 
 
-def cartpole(phi, noise):
+def cartpole(phi, noise, xp):
     """gymnasium's CartPole-v1, equations and constants, at gravity φ (m/s²).
 
     State: position (m), velocity (m/s), angle (rad), angular velocity (rad/s). Action 0 pushes left, 1 right.
     """
-    force, tau, gravity = 10.0, 0.02, phi[..., 0]  # N, s
+    gravity = phi[..., 0]
+    force, tau = 10.0 + 0 * gravity, 0.02  # N, s
     pole_mass, total_mass, half_length = 0.1, 1.1, 0.5  # kg, kg, m
     pole_moment = pole_mass * half_length
-    # Constants as tensors, and fused operations: with Python numbers a step of so small a batch takes twice as long.
-    push = constants(phi, -force / total_mass, force / total_mass)
-    inertia = phi.new_full((), half_length * 4 / 3)
-    limits = constants(phi, 2.4, math.inf, 12 * 2 * math.pi / 360, math.inf)
-    reward = phi.new_ones(())
+    limits = constants(phi, (2.4, math.inf, 12 * 2 * math.pi / 360, math.inf), xp)
+    reward = 1 + 0 * noise[..., 0]
 
     def step(state, action):
-        _, x_dot, angle, angle_dot = state.unbind(-1)
-        cos, sin = angle.cos(), angle.sin()
-        # temp = (±force + pole_moment ω² sin) / total_mass, as gymnasium calls it
-        temp = torch.addcmul(push.take(action), angle_dot.square(), sin, value=pole_moment / total_mass)
-        # angle_acc = (gravity sin − cos temp) / (half_length (4/3 − pole_mass cos² / total_mass))
-        angle_acc = torch.addcmul(gravity * sin, cos, temp, value=-1)
-        angle_acc = angle_acc / inertia.sub(cos.square(), alpha=pole_moment / total_mass)
-        # x_acc = temp − pole_moment angle_acc cos / total_mass
-        x_acc = torch.addcmul(temp, angle_acc, cos, value=-pole_moment / total_mass)
-        state = state.add(torch.stack((x_dot, x_acc, angle_dot, angle_acc), -1), alpha=tau)
-        terminated = (state.abs() > limits).any(-1)
-        return state, reward.expand_as(x_dot), terminated, terminated
+        _, x_dot, angle, angle_dot = (state[..., i] for i in range(4))
+        cos, sin = xp.cos(angle), xp.sin(angle)
+        temp = (xp.where(action == 1, force, -force) + pole_moment * angle_dot**2 * sin) / total_mass
+        angle_acc = (gravity * sin - cos * temp) / (half_length * (4 / 3 - pole_mass / total_mass * cos**2))
+        x_acc = temp - pole_moment / total_mass * angle_acc * cos
+        state = state + tau * xp.stack((x_dot, x_acc, angle_dot, angle_acc), -1)
+        terminated = (abs(state) > limits).any(-1)
+        return state, reward, terminated, terminated
 
     return noise * 0.1 - 0.05, step
 
 
-def point(phi, noise):
+def point(phi, noise, xp):
     """A point in the plane, at the origin at first, moves by the action (m); φ = goal (m); reward −|s − goal|²."""
-    never = torch.zeros_like(noise[..., 0], dtype=torch.bool)
+    never = noise[..., 0] < 0
 
     def step(state, action):
         state = state + action
-        return state, -(state - phi).square().sum(-1), never, never
+        return state, -((state - phi) ** 2).sum(-1), never, never
 
-    return torch.zeros_like(noise), step
+    return xp.zeros_like(noise), step
 
 
 def draw_point(axes, obs, phi):
@@ -133,7 +127,7 @@ def draw_velocity(axes, obs, phi):
 CROSSING_UNIT = 50.0  # m: the crossing's positions in units near 1, as networks want them
 
 
-def crossing(phi, noise):
+def crossing(phi, noise, xp):
     """Vehicle 1 drives north, vehicle 2 east at speed φ = u (m/s), both toward one crossing; u is not observed.
 
     State: (Δx, Δy), vehicle 2's position less vehicle 1's, in units of 50 m; as each vehicle stays on its road, it is
@@ -142,15 +136,16 @@ def crossing(phi, noise):
     speed and 15 m the safe distance; a distance d below 3 m is a collision, which costs 10 and ends the episode.
     """
     dt, best_speed, safe_distance, collision_distance = 0.1, 10.0, 15.0, 3.0  # s, m/s, m, m
-    start = constants(noise, -1.0, 1.0) * (35 + 10 * noise) / CROSSING_UNIT
+    other_speed = phi[..., 0] + 0 * noise[..., 0]
+    start = constants(noise, (-1.0, 1.0), xp) * (35 + 10 * noise) / CROSSING_UNIT
 
     def step(state, action):
         speed = action[..., 0]
-        state = state + torch.stack((phi[..., 0].expand_as(speed), -speed), -1) * (dt / CROSSING_UNIT)
-        distance = state.norm(dim=-1) * CROSSING_UNIT
-        reward = 1 - (speed / best_speed - 1).square() - 2 * (1 - distance / safe_distance).clamp(min=0)
+        state = state + xp.stack((other_speed, -speed), -1) * (dt / CROSSING_UNIT)
+        distance = xp.sqrt((state**2).sum(-1)) * CROSSING_UNIT
+        reward = 1 - (speed / best_speed - 1) ** 2 - 2 * (1 - distance / safe_distance).clip(0)
         collided = distance < collision_distance
-        return state, reward - 10 * collided, collided, collided
+        return state, xp.where(collided, reward - 10, reward), collided, collided
 
     return start, step
 
@@ -192,38 +187,39 @@ class Gymnasium:
             setattr(self.instances[i].unwrapped, name, self.scale * value)
         return self.instances[i].reset(seed=seed)[0].ravel()
 
-    def __call__(self, phi, noise, own=slice(None)):
+    def __call__(self, phi, noise, xp, own=slice(None)):
         """Env's dynamics; of the B·K trajectories it makes its `own` alone, the others count as ended."""
         shape = noise.shape[:2]
-        phi = phi.double().expand(*shape, -1).flatten(0, 1).tolist()
-        seeds = [int(u * 2**24) for u in noise[..., 0].flatten().tolist()]
+        phi = np.broadcast_to(phi.astype(float), (*shape, phi.shape[-1])).reshape(-1, phi.shape[-1]).tolist()
+        seeds = [int(u * 2**24) for u in noise[..., 0].ravel().tolist()]
         running = list(range(len(seeds))[own])
         first = {i: self.reset(i, phi[i], seeds[i]) for i in running}
-        obs = np.zeros((*shape, len(first[running[0]])), np.float32)
-        rewards, terminated, ended = np.zeros(shape, np.float32), np.zeros(shape, bool), np.ones(shape, bool)
-        obs_of, reward_of, terminated_of, ended_of = (  # views (B·K, ...)
-            x.reshape(len(seeds), *x.shape[2:]) for x in (obs, rewards, terminated, ended)
+        obs = np.zeros((len(seeds), len(first[running[0]])), np.float32)
+        rewards, terminated, ended = (
+            np.zeros(len(seeds), np.float32),
+            np.zeros(len(seeds), bool),
+            np.ones(len(seeds), bool),
         )
         for i in running:
-            obs_of[i], ended_of[i] = first[i], False
+            obs[i], ended[i] = first[i], False
 
-        def tensors(*arrays):
-            return tuple(torch.from_numpy(array.copy()) for array in arrays)
+        def shaped(x):
+            return x.reshape(*shape, *x.shape[1:]).copy()
 
         def step(state, action):
-            action = action.flatten(0, 1)
+            action = action.reshape(len(seeds), *action.shape[2:])
             # Python numbers step faster; not a number comes from a run that fails alone, but Box2D would end them all.
-            actions = action.tolist() if action.dim() == 1 else action.nan_to_num().numpy()
+            actions = action.tolist() if action.ndim == 1 else np.nan_to_num(action)
             rewards[:] = 0
             for i in tuple(running):
-                observed, reward_of[i], final, truncated, _ = self.instances[i].step(actions[i])
-                obs_of[i] = observed.ravel()
+                observed, rewards[i], final, truncated, _ = self.instances[i].step(actions[i])
+                obs[i] = observed.ravel()
                 if final or truncated:
-                    terminated_of[i], ended_of[i] = final, True
+                    terminated[i], ended[i] = final, True
                     running.remove(i)
-            return tensors(obs, rewards, terminated, ended)
+            return shaped(obs), shaped(rewards), shaped(terminated), shaped(ended)
 
-        return torch.from_numpy(obs.copy()), step
+        return shaped(obs), step
 
     def check(self, low, high):
         """Raises ValueError where an end of Φ makes the environment fail, or one seed and one sequence of actions give
@@ -434,50 +430,51 @@ def draw_noise(env, generators, num_tasks, num_trajectories):
     return {"reset": torch.stack(reset), "action": action.log().neg() if isinstance(env.actions, int) else action}
 
 
-def in_box(action, box):
+def in_box(action, low, high):
     """The policy's action, clipped to [−1, 1], within the box (low, high)."""
-    low, high = (constants(action, *bound) for bound in box)
-    return low + (action.clamp(-1, 1) + 1) / 2 * (high - low)
+    return low + (action.clip(-1, 1) + 1) / 2 * (high - low)
 
 
-def from_box(action, box):
+def from_box(action, low, high):
     """The reverse of `in_box`."""
-    low, high = (constants(action, *bound) for bound in box)
     return (action - low) / (high - low) * 2 - 1
 
 
-IN_TIME = ("obs", "actions", "rewards", "mask")  # what of trajectories has an axis H: (S, M, K, H, ...)
-
-
-@torch.no_grad()
-def rollout(env, act, phi, noise):
+def rollout(env, act, phi, noise, xp=np):
     """K trajectories of every task of every run at once, a pure function of (act, phi, noise).
 
-    act: (obs (B, K, D), noise (B, K, A)) -> actions; phi: (S, M, P); noise: from `draw_noise`.
-    Returns the trajectories that policies.py describes, with zeros where an episode had ended before. On a CPU it stops
-    when every episode has ended; on a GPU, which asking would stall at every step, it always takes H steps."""
+    act: (obs (B, K, D), noise (B, K, A)) -> actions; phi: (S, M, P); noise: from `draw_noise`; all arrays of xp: numpy,
+    or torch on a GPU. Returns the trajectories that policies.py describes, H steps long, with zeros where an
+    episode had ended before. numpy stops when every episode has ended; a GPU, which would stall if asked, never does.
+    """
     lead = noise["reset"].shape[:3]  # (S, M, K)
-    state, step = env.dynamics(phi.flatten(0, 1).unsqueeze(1), noise["reset"].flatten(0, 1))
-    over = torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
-    discrete = isinstance(env.actions, int)
-    steps = []  # one (state, action, reward, terminated, over before) for each t
-    with torch.inference_mode():  # no_grad would do; this is a seventh faster
-        for noise_t in noise["action"].flatten(0, 1).unbind(2):  # (B, K, A)
-            action = act(state, noise_t)
-            next_state, reward, terminated, ended = step(state, action if discrete else in_box(action, env.actions))
-            steps.append((state, action, reward, terminated, over))
-            state, over = next_state, over | ended
-            if state.is_cpu and over.all():
-                break
+
+    def flat(x):
+        return x.reshape(-1, *x.shape[2:])  # (B, ...)
+
+    state, step = env.dynamics(flat(phi)[:, None], flat(noise["reset"]), xp)
+    box = [] if isinstance(env.actions, int) else [constants(state, bound, xp) for bound in env.actions]
+    over = xp.zeros_like(state[..., 0], dtype=bool)
+    steps, action_noise = [], flat(noise["action"])  # a (state, action, reward, terminated, over before) for each t
+    for t in range(env.horizon):
+        action = act(state, action_noise[:, :, t])
+        next_state, reward, terminated, ended = step(state, in_box(action, *box) if box else action)
+        steps.append((state, action, reward, terminated, over))
+        state, over = next_state, over | ended
+        if xp is np and over.all():
+            break
+    steps += [tuple(0 * x for x in steps[0][:3]) + (~over, over)] * (env.horizon - len(steps))
     obs, actions, rewards, terminated, padding = (
-        torch.stack(x, 2).unflatten(0, lead[:2]) for x in zip(*steps, strict=True)
+        xp.stack(x, 2).reshape(*lead, env.horizon, *x[0].shape[2:]) for x in zip(*steps, strict=True)
     )
-    terminated = (terminated & ~padding).any(-1)  # (S, M, K)
+    mask = ~padding
+    terminated = (terminated & mask).any(-1)  # (S, M, K)
+    state = state.reshape(*lead, -1)
     return {
-        "obs": obs.masked_fill(padding.unsqueeze(-1), 0.0),
-        "actions": actions.masked_fill(padding if discrete else padding.unsqueeze(-1), 0),
-        "rewards": rewards.masked_fill(padding, 0.0),
-        "mask": ~padding,
-        "last_obs": state.unflatten(0, lead[:2]).masked_fill(terminated.unsqueeze(-1), 0.0),
+        "obs": xp.where(mask[..., None], obs, 0.0),
+        "actions": xp.where(mask[..., None] if box else mask, actions, 0),
+        "rewards": xp.where(mask, rewards, 0.0),
+        "mask": mask,
+        "last_obs": xp.where(terminated[..., None], 0.0, state),
         "terminated": terminated,
     }

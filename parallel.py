@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -32,79 +33,153 @@ class ProcessError(RuntimeError):
 def open_sampler(env, head, device, workers):
     """sample(params, phi, noise) -> trajectories, on params' device, as `envs.rollout` with the policy under params.
 
-    params: dict of (S, M, ...); phi (S, M, P) and noise on the CPU. gymnasium's environments step on the CPU, in so
-    many worker processes (0: in this one), which live as long as the context; all else on `device`. Raises
-    ProcessError."""
-    make_act = partial(policies.actor, head=head)
-    if not env.in_workers:
-        rollout = CapturedRollout(env, make_act) if device == "cuda" else partial(rollout_here, env, make_act)
-        yield partial(sample_on, device, rollout)
+    params: dict of (S, M, ...); phi (S, M, P) and noise on the CPU. On CUDA a rollout is a graph; else it is numpy, and
+    gymnasium's environments step in so many worker processes (0: in this one), which live as long as the context.
+    Raises ProcessError.
+    """
+    if device == "cuda" and not env.in_workers:
+        yield CapturedRollout(env, partial(policies.actor, head=head, xp=torch))
+    elif not env.in_workers:
+        yield partial(with_numpy, partial(rollout_here, env, head))
     elif workers == 0:
-        yield partial(sample_on, "cpu", partial(rollout_of_stranger, env, make_act))
+        yield partial(with_numpy, partial(rollout_of_stranger, env, head))
     else:
-        with Workers(env, make_act, workers) as processes:
-            yield partial(sample_on, "cpu", processes.rollout)
+        with Workers(env, head, workers) as processes:
+            yield partial(with_numpy, processes.rollout)
 
 
-def sample_on(device, rollout, params, phi, noise):
-    """The rollout on a device, wherever params are and its trajectories are wanted."""
+def with_numpy(rollout, params, phi, noise):
+    """The rollout on numpy arrays, wherever params are and its trajectories are wanted."""
     home = next(iter(params.values())).device
-    acting = {key: p.detach().to(device) for key, p in params.items()}
-    trajectories = rollout(acting, phi.to(device), {key: x.to(device) for key, x in noise.items()})
-    return {key: x.to(home) for key, x in trajectories.items()}
+    params, noise = ({key: x.detach().cpu().numpy() for key, x in d.items()} for d in (params, noise))
+    return {key: torch.from_numpy(x).to(home) for key, x in rollout(params, phi.numpy(), noise).items()}
 
 
-def rollout_here(env, make_act, params, phi, noise):
-    return envs.rollout(env, make_act(params), phi, noise)
+def rollout_here(env, head, params, phi, noise):
+    return envs.rollout(env, policies.actor(params, head), phi, noise)
 
 
-def rollout_of_stranger(env, make_act, params, phi, noise):
+def rollout_of_stranger(env, head, params, phi, noise):
     """As `rollout_here`; whatever an environment that is not ours raises is a ProcessError."""
     try:
-        return rollout_here(env, make_act, params, phi, noise)
+        return rollout_here(env, head, params, phi, noise)
     except Exception as error:
         raise ProcessError(f"the environment failed: {envs.first_line(error)}") from error
 
 
 class CapturedRollout:
     """Rollouts on a GPU, recorded once for each shape as a CUDA graph and then replayed: a step costs no Python and no
-    launch. Cuts the trajectories to the longest episode, with one wait for the GPU."""
+    launch. Where a rollout cannot be recorded it runs as it is, and one line says so."""
 
     def __init__(self, env, make_act):
         self.env, self.make_act, self.graphs = env, make_act, {}
 
     def __call__(self, params, phi, noise):
         given = {"phi": phi} | {f"noise {key}": x for key, x in noise.items()} | params
+        device = next(iter(params.values())).device
         shapes = tuple((key, x.shape, x.dtype) for key, x in given.items())
         if shapes not in self.graphs:
-            self.graphs[shapes] = self.capture({key: x.detach().clone() for key, x in given.items()}, params)
+            inputs = {key: x.detach().to(device, copy=True) for key, x in given.items()}
+            try:
+                self.graphs[shapes] = self.capture(inputs, list(params))
+            except RuntimeError as error:
+                print(f"run.py: rollouts run without a CUDA graph ({envs.first_line(error)[:150]})", file=sys.stderr)
+                self.graphs[shapes] = None, inputs, None
         graph, inputs, trajectories = self.graphs[shapes]
         with torch.no_grad():
             for key, x in given.items():
                 inputs[key].copy_(x)
-        graph.replay()
-        length = int(trajectories["mask"].sum(-1).max())
-        return {key: (x[:, :, :, :length] if key in envs.IN_TIME else x).clone() for key, x in trajectories.items()}
+            if graph is None:
+                return self.run(inputs, list(params))
+            graph.replay()
+            return {key: x.clone() for key, x in trajectories.items()}
 
-    def capture(self, inputs, params):
+    def run(self, inputs, names):
+        noise = {key: inputs[f"noise {key}"] for key in ("reset", "action")}
+        return envs.rollout(self.env, self.make_act({key: inputs[key] for key in names}), inputs["phi"], noise, torch)
+
+    @torch.no_grad()
+    def capture(self, inputs, names):
         """A CUDA graph, the tensors that it reads and the trajectories that it writes."""
-
-        def run():
-            noise = {key: inputs[f"noise {key}"] for key in ("reset", "action")}
-            return rollout_here(self.env, self.make_act, {key: inputs[key] for key in params}, inputs["phi"], noise)
-
         warm_up = torch.cuda.Stream()  # as torch asks for: a first run outside the capture, on a stream of its own
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
-            run()
+            self.run(inputs, names)
         torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
-            trajectories = run()
+        with torch.cuda.graph(graph):
+            trajectories = self.run(inputs, names)
         return graph, inputs, trajectories
 
 
 # --- worker processes ---
+
+
+def run_jobs(work, jobs, count, tell, signals):
+    """All that work(job, tell) returns, a list for each job, in so many processes; in this one where count is 1.
+
+    tell(news) hands on what a job says and returns `signals`, the list of those caught: work then ends soon. Where a
+    process dies or work raises, the others are asked to end before the error is raised here.
+    """
+    if min(count, len(jobs)) == 1:
+        return [x for job in jobs if not signals for x in work(job, lambda news: tell(news) or signals)]
+    queue, results, errors, stopped = list(range(len(jobs)))[::-1], [], [], False
+    pipes = {}
+    try:
+        with signals_blocked():
+            for _ in range(min(count, len(jobs))):
+                pipe, end = context().Pipe()
+                pipes[pipe] = context().Process(target=serve_jobs, args=(end, work, jobs))
+                pipes[pipe].start()
+                end.close()
+                pipe.send(queue.pop())
+        busy = set(pipes)
+        while busy:
+            for pipe in multiprocessing.connection.wait(busy, timeout=0.2):
+                try:
+                    kind, value = pipe.recv()
+                except (EOFError, OSError):
+                    kind, value = "error", ProcessError("a training process died")
+                if kind == "news":
+                    tell(value)
+                    continue
+                (results.extend if kind == "done" else errors.append)(value)
+                if kind == "done" and queue and not (signals or errors):
+                    pipe.send(queue.pop())
+                else:
+                    busy.remove(pipe)
+            if (signals or errors) and not stopped:
+                stopped = True
+                for pipe in busy:
+                    with contextlib.suppress(OSError):  # it died, which the next turn sees
+                        pipe.send(signals[:1] or [signal.SIGTERM])
+    finally:
+        for process in pipes.values():
+            process.kill()
+            process.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def serve_jobs(pipe, work, jobs):
+    """What a training process runs: the jobs whose numbers it is sent, until the main process ends."""
+    end_with_parent()
+
+    def tell(news):
+        pipe.send(("news", news))
+        return pipe.recv() if pipe.poll() else []
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the main process ended
+        while True:
+            order = pipe.recv()
+            if not isinstance(order, int):  # a stop that came after the last job's end
+                return
+            try:
+                answer = "done", work(jobs[order], tell)
+            except Exception as error:
+                answer = "error", error
+            pipe.send(answer)
 
 
 class Workers:
@@ -115,12 +190,12 @@ class Workers:
     zeros: its matrix products have one shape, hence one rounding, however many workers there are.
     """
 
-    def __init__(self, env, make_act, count):
+    def __init__(self, env, head, count):
         self.count, self.pipes, self.processes = count, [], []
         with signals_blocked():
             for index in range(count):
                 pipe, end = context().Pipe()
-                process = context().Process(target=serve, args=(end, env, make_act, index, count), daemon=True)
+                process = context().Process(target=serve, args=(end, env, head, index, count), daemon=True)
                 self.pipes.append(pipe)
                 self.processes.append(process)
                 process.start()
@@ -128,10 +203,9 @@ class Workers:
 
     def rollout(self, params, phi, noise):
         """As `rollout_here`. Raises ProcessError."""
-        params, noise = ({key: x.numpy() for key, x in d.items()} for d in (params, noise))
         try:
             for pipe in self.pipes:
-                pipe.send((params, phi.numpy(), noise))
+                pipe.send((params, phi, noise))
             parts = [pipe.recv() for pipe in self.pipes]
         except (EOFError, OSError) as error:
             raise ProcessError(f"a sampling worker died ({type(error).__name__})") from error
@@ -142,15 +216,12 @@ class Workers:
 
     def join(self, parts, lead):
         """{i: trajectories (n, ...) of process i} -> the trajectories of all (S, M, K, ...) = lead."""
-        length = max(part["mask"].shape[1] for part in parts.values())
         joined = {}
         for key, x in parts[0].items():
-            in_time = key in envs.IN_TIME
-            joined[key] = np.zeros((math.prod(lead), *((length, *x.shape[2:]) if in_time else x.shape[1:])), x.dtype)
+            joined[key] = np.zeros((math.prod(lead), *x.shape[1:]), x.dtype)
             for i, part in parts.items():
-                rows = joined[key][i :: self.count]
-                (rows[:, : part[key].shape[1]] if in_time else rows)[...] = part[key]
-        return {key: torch.from_numpy(x).unflatten(0, lead) for key, x in joined.items()}
+                joined[key][i :: self.count] = part[key]
+        return {key: x.reshape(*lead, *x.shape[1:]) for key, x in joined.items()}
 
     def close(self):
         for process in self.processes:
@@ -164,7 +235,7 @@ class Workers:
         self.close()
 
 
-def serve(pipe, env, make_act, index, count):
+def serve(pipe, env, head, index, count):
     """What a sampling worker runs: answers (params, phi, noise) with its trajectories (n, ...), {} where it has none,
     or a ProcessError, until the main process ends."""
     end_with_parent()
@@ -177,11 +248,10 @@ def serve(pipe, env, make_act, index, count):
         while True:
             params, phi, noise = pipe.recv()
             try:
-                params, noise = ({key: torch.from_numpy(x) for key, x in d.items()} for d in (params, noise))
                 answer = {}
-                if index < noise["reset"][..., 0].numel():
-                    trajectories = rollout_here(env, make_act, params, torch.from_numpy(phi), noise)
-                    answer = {key: x.flatten(0, 2)[own].numpy() for key, x in trajectories.items()}
+                if index < noise["reset"][..., 0].size:
+                    trajectories = rollout_here(env, head, params, phi, noise)
+                    answer = {key: x.reshape(-1, *x.shape[3:])[own] for key, x in trajectories.items()}
             except Exception as error:
                 answer = ProcessError(f"the environment failed in a sampling worker: {envs.first_line(error)}")
             pipe.send(answer)
@@ -300,10 +370,13 @@ class Ranks:
             x.copy_(part.view_as(x))
 
     def any(self, signals):
-        """The signal that this rank or another has caught, in a list: one answer for all ranks, whenever it comes."""
+        """The list of the signals that this rank has caught; where another has, SIGTERM is added to an empty one: one
+        answer for all ranks, whenever a signal comes."""
         caught = torch.tensor([float(len(signals))])
         self.sum([caught])
-        return (signals[:1] or [signal.SIGTERM]) if caught else []
+        if caught and not signals:
+            signals.append(signal.SIGTERM)
+        return signals if caught else []
 
     def object_from_first(self, make):
         """What `make()` returns on rank 0."""

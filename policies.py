@@ -9,7 +9,9 @@ torch alone. Trajectories, as `envs.rollout` returns them, are a dict with
 """
 
 import math
+from functools import partial
 
+import numpy
 import torch
 
 # --- networks ---
@@ -38,14 +40,20 @@ def init(obs_dim, head, generators, hidden=(64, 64), critic=False):
     return {name: p.requires_grad_() for name, p in theta.items()}
 
 
-def mlp(params, name):
-    """The tanh MLP `name` of params (S, M, ...) as a function x (B, N, D) -> (B, N, out)."""
+def mlp(params, name, xp=torch):
+    """The tanh MLP `name` of params (S, M, ...) as a function x (B, N, D) -> (B, N, out).
+
+    xp: torch; or numpy for acting on a CPU, where a call on such small arrays costs a quarter of torch's.
+    """
     weights, biases = (
-        [p.flatten(0, 1).contiguous() for key, p in params.items() if key.startswith(name) and key.endswith(kind)]
+        [p.reshape(-1, *p.shape[2:]) for key, p in params.items() if key.startswith(name) and key.endswith(kind)]
         for kind in (".weight", ".bias")
     )
+    if xp is not torch:
+        return partial(forward_numpy, weights, biases)
 
     # tanh(z) = 2σ(2z) − 1, with its constants moved into the weights: σ takes a third of the time of tanh on a CPU.
+    weights = [weight.contiguous() for weight in weights]
     for i in range(len(weights) - 1):
         biases[i], biases[i + 1] = 2 * biases[i], biases[i + 1] - weights[i + 1].sum(1, keepdim=True)
         weights[i], weights[i + 1] = 2 * weights[i], 2 * weights[i + 1]
@@ -58,6 +66,15 @@ def mlp(params, name):
     return forward
 
 
+def forward_numpy(weights, biases, x):
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = x @ weight
+        x += bias
+        if i < len(weights) - 1:
+            numpy.tanh(x, out=x)
+    return x
+
+
 # --- action distributions ---
 
 
@@ -67,7 +84,7 @@ class Categorical:
     def __init__(self, size):
         self.size = size
 
-    def sample(self, params, outputs, noise):
+    def sample(self, params, outputs, noise, xp=torch):
         """The Gumbel-max trick: argmax(logits + Gumbel noise) is distributed as softmax(logits)."""
         return (outputs + noise).argmax(-1)
 
@@ -87,11 +104,12 @@ class Gaussian:
         self.size = size
         self.min_std = min_std
 
-    def log_std(self, params):  # (B, 1, size)
-        return params["policy.log_std"].flatten(0, 1).clamp(min=math.log(self.min_std))
+    def log_std(self, params, xp=torch):  # (B, 1, size)
+        log_std = params["policy.log_std"]
+        return xp.clip(log_std.reshape(-1, *log_std.shape[2:]), math.log(self.min_std), None)
 
-    def sample(self, params, outputs, noise):
-        return torch.addcmul(outputs, self.log_std(params).exp(), noise)
+    def sample(self, params, outputs, noise, xp=torch):
+        return outputs + xp.exp(self.log_std(params, xp)) * noise
 
     def log_prob(self, params, outputs, actions):
         log_std = self.log_std(params)
@@ -104,10 +122,13 @@ def make_head(actions):
     return Categorical(actions) if isinstance(actions, int) else Gaussian(len(actions[0]))
 
 
-def actor(params, head):
-    """The policy under params (S, M, ...) as act(obs (B, K, D), noise (B, K, size)) -> actions (B, K[, A])."""
-    policy = mlp(params, "policy")
-    return lambda obs, noise: head.sample(params, policy(obs), noise)
+def actor(params, head, xp=numpy):
+    """The policy under params (S, M, ...) as act(obs (B, K, D), noise (B, K, size)) -> actions (B, K[, A]).
+
+    All are arrays of xp: numpy on a CPU, torch on a GPU.
+    """
+    policy = mlp(params, "policy", xp)
+    return lambda obs, noise: head.sample(params, policy(obs), noise, xp)
 
 
 # --- what the losses are made of ---

@@ -7,6 +7,7 @@ All runs of one algorithm, seeds × deltas, are one batched program along the fi
 import argparse
 import contextlib
 import itertools
+import json
 import math
 import os
 import platform
@@ -36,6 +37,7 @@ import trained
 from checkpoints import Run, RunError
 from directed import directed
 
+NOTHING = contextlib.nullcontext()
 INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
@@ -48,6 +50,7 @@ def main(argv=None):
             return print(trained.watch(args.watch, args.phi, args.env))
         check_ranks(args, ranks)
         env = make_env(args)
+        check_memory(args, env)
         runs = [run for algo in args.algo for run in plan(args, algo, env)]
         failures, stopped = train_all(runs, env, args, ranks)
         ranks.object_from_first(lambda: finish(failures, args))
@@ -64,53 +67,68 @@ def main(argv=None):
 
 
 def train_all(runs, env, args, ranks):
-    """Train all runs, those of one algorithm at the same epoch as one batch.
+    """Train all runs, in several processes where there are as many runs and cores, each with a share of the runs.
 
     Returns a line for each run that failed, and the signals that stopped the training, if any.
     """
-    device, epochs, failures, stopped = choose_device(args, env), args.epochs, [], []
+    device = choose_device(args, env)
     parallel.keep_memory()
-    torch.set_num_threads(args.threads)
-    head = policies.make_head(env.actions)
     with (
-        checkpoints.opened(runs, args.resume, args.overwrite, epochs) if ranks.rank == 0 else contextlib.nullcontext(),
+        checkpoints.opened(runs, args.resume, args.overwrite, args.epochs) if ranks.rank == 0 else NOTHING,
         parallel.caught_signals() as signals,
-        parallel.open_sampler(env, head, device, args.workers) as sample,
+        Progress(runs, args, ranks) as progress,
     ):
         states = ranks.object_from_first(lambda: [run.state for run in runs])
         for run, state in zip(runs, states, strict=True):
             run.state = state
-        for together in group(runs):
-            for run in together if ranks.rank == 0 else ():
-                begin(run, args, env, device, len(together))
-            batch = Batch(together, env, head, sample, device, ranks)
-            if not stopped:
-                failures += train(batch, epochs, args.eval_every, Progress(batch, epochs, args.quiet), signals, stopped)
-    return failures, stopped
+        processes = 1 if device == "cuda" or ranks.count > 1 else max(min(args.workers, len(runs)), 1)
+        trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
+        samplers = min(
+            args.workers // processes, trajectories
+        )  # of each training process, for gymnasium's environments
+        work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
+        failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
+    return failures, signals
 
 
-def train(batch, epochs, eval_every, progress, signals, stopped):
-    """Train a batch to `epochs`, or until a signal. Returns a line for each run that failed."""
-    failures, saved = [], time.perf_counter()
-    with progress:
-        while batch.epoch < epochs:
-            start = time.perf_counter()
-            losses = train_epoch(batch)
-            finite = log_epoch(batch, losses, time.perf_counter() - start)
-            progress.update(batch)
-            if not all(finite):
-                failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
-                batch = batch.only(finite)
-                if batch is None:
-                    break
-            stopped += batch.ranks.any(signals)
-            if batch.epoch % eval_every == 0 or batch.epoch == epochs:
-                evaluate(batch)
-            if stopped or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                batch.save()
-                saved = time.perf_counter()
-            if stopped:
-                break
+def share_out(runs, processes):
+    """The runs as jobs for so many processes. A job is one batch: runs of one algorithm at the same epoch."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.settings["algo"], run.state["epoch"]].append(run)
+    parts = processes // math.gcd(processes, len(groups))  # the fewest that give all processes equally many jobs
+    return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
+
+
+def train_together(runs, tell, args, env, device, samplers, ranks):
+    """Train runs as one batch to the command's epochs. Returns a line for each run that failed.
+
+    tell: a function of what there is to say of an epoch; returns the signals that ask to stop after it.
+    """
+    torch.set_num_threads(args.threads)
+    head = policies.make_head(env.actions)
+    for run in runs if ranks.rank == 0 else ():
+        begin(run, args, env, device, len(runs))
+    with parallel.open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample:
+        return train(Batch(runs, env, head, sample, device, ranks), args.epochs, args.eval_every, tell)
+
+
+def train(batch, epochs, eval_every, tell):
+    """Train a batch to `epochs`, evaluating and saving it on the way; see `train_together`."""
+    failures, stopping, saved = [], [], time.perf_counter()
+    while batch and batch.epoch < epochs and not stopping:
+        start = time.perf_counter()
+        losses = train_epoch(batch)
+        finite = log_epoch(batch, losses, time.perf_counter() - start)
+        stopping = batch.ranks.any(tell(batch.news()))
+        if not all(finite):
+            failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
+            batch = batch.only(finite)
+        if batch and (batch.epoch % eval_every == 0 or batch.epoch == epochs):
+            evaluate(batch)
+        if batch and (stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS):
+            batch.save()
+            saved = time.perf_counter()
     return failures
 
 
@@ -214,10 +232,10 @@ def evaluate(batch):
 
 def fail(batch, run):
     """Mark a run as failed; returns the line that says so."""
-    delta = "" if run.settings["delta"] is None else f", delta {run.settings['delta']:g}"
+    own = [f"{x} {run.settings[x]:g}" for x in ("seed", "alpha", "beta", "delta") if run.settings[x] is not None]
     line = (
-        f"{run.settings['algo']}, seed {run.settings['seed']}{delta}: a loss or parameter is not finite after epoch "
-        f"{batch.epoch}; try a smaller --beta, --alpha or --delta"
+        f"{run.settings['algo']}, {', '.join(own)}: a loss or parameter is not finite after epoch {batch.epoch}; "
+        "try a smaller --beta, --alpha or --delta"
     )
     if batch.ranks.rank == 0:
         checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
@@ -237,12 +255,14 @@ class Batch:
         stacked = checkpoints.stack([{key: run.state[key] for key in checkpoints.TENSORS} for run in runs], device)
         self.theta = {name: p.requires_grad_() for name, p in stacked["theta"].items()}
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
-        self.alpha = learned_alpha or self.settings["alpha"]
-        groups = [{"params": list(self.theta.values())}]
-        if learned_alpha:
-            groups.append({"params": list(learned_alpha.values()), "lr": self.settings["beta_alpha"]})
-        self.learned = [p for group in groups for p in group["params"]]
-        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](groups, lr=self.settings["beta"])
+        sizes = {
+            name: torch.tensor([run.settings[name] or 0.0 for run in runs], dtype=torch.float64, device=device)
+            for name in ("alpha", "beta", "beta_alpha")
+        }
+        self.alpha = learned_alpha or sizes["alpha"][:, None]  # (S, 1), or (S, 1, ...) each
+        self.learned = [*self.theta.values(), *learned_alpha.values()]
+        step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
+        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
         for i, tensors in stacked["optimizer"].items():
             self.optimizer.state[self.learned[i]].update(tensors)
         base = self.settings["algo"].removeprefix("directed-")
@@ -270,18 +290,15 @@ class Batch:
             self.update_states()
             checkpoints.save(self.runs)
 
+    def news(self):
+        """What there is to say of the last epoch: algorithm, number of runs, mean return after adaptation."""
+        returns = [run.state["log"][-1][5] for run in self.runs]
+        return self.settings["algo"], len(returns), sum(returns) / len(returns)
+
     def write(self, run, table, rows):
         run.state[table] += rows
         if self.ranks.rank == 0:
             checkpoints.append_rows(run, table, rows)
-
-
-def group(runs):
-    """Lists of runs of one algorithm at the same epoch."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.settings["algo"], run.state["epoch"]].append(run)
-    return list(groups.values())
 
 
 def first_state(settings, env):
@@ -301,21 +318,35 @@ def first_state(settings, env):
 
 
 class SGD:
-    """The plain step p ← p − lr p.grad, bit for bit torch.optim.SGD's; but the first use of that one imports torch's
-    compiler, which takes 1.4 s: as long as all else before the first epoch."""
+    """The plain step p ← p − β p.grad with a β for each run: step_sizes, (S,) for each parameter (S, 1, ...)."""
 
-    def __init__(self, groups, lr):
-        self.param_groups = [{"lr": lr} | group for group in groups]
-        self.state = {}
+    def __init__(self, params, step_sizes):
+        self.params, self.step_sizes, self.state = params, step_sizes, {}
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.add_(p.grad, alpha=-group["lr"])
+        for p, beta in zip(self.params, self.step_sizes, strict=True):
+            p -= beta.to(p).view(-1, *[1] * (p.dim() - 1)) * p.grad
 
 
-OPTIMIZERS = {"sgd": SGD, "adam": torch.optim.Adam}
+class Adam(SGD):
+    """torch's Adam with a β for each run: p ← p + β u, where u is its step of size 1."""
+
+    def __init__(self, params, step_sizes):
+        self.params, self.step_sizes, self.adam = params, step_sizes, torch.optim.Adam(params, lr=1.0)
+        self.state = self.adam.state
+
+    @torch.no_grad()
+    def step(self):
+        before = [p.clone() for p in self.params]
+        for p in self.params:
+            p.zero_()  # so that torch's step leaves u itself in p
+        self.adam.step()
+        for p, start, beta in zip(self.params, before, self.step_sizes, strict=True):
+            p.mul_(beta.to(p).view(-1, *[1] * (p.dim() - 1))).add_(start)
+
+
+OPTIMIZERS = {"sgd": SGD, "adam": Adam}
 
 
 # --- settings: the one table that the command line, its checks, config.json, --help and the README come from ---
@@ -352,6 +383,8 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
             good = math.isfinite(value) and low <= value <= high and not (above and value == low)
         except (ValueError, OverflowError):
             good = False
+        if not good and "," in text:
+            raise argparse.ArgumentTypeError(f"{text!r}: separate values by spaces: {' '.join(text.split(','))}")
         if not good:
             what = "whole number" if kind is int else "number"
             bounds = [f" {'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f" <= {high:g}"] * (high < math.inf)
@@ -359,6 +392,14 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
         return value
 
     return parse
+
+
+def seeds(text):
+    """An argparse type: a seed, or FIRST-LAST."""
+    first, dash, last = text.partition("-")
+    if not (first and dash):
+        return number(int, 0)(text)
+    return range(number(int, 0)(first), number(int, 0)(last) + 1)
 
 
 ALGORITHMS = (*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS))
@@ -370,8 +411,9 @@ NEEDS = {
     "--rl ac": lambda args, algo: args.rl == "ac",
     "--watch RUN": lambda args, algo: args.watch is not None,
 }
+SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
 DIRECTED, META_SGD, ACTOR_CRITIC, WATCH = NEEDS
-count, size, step_size = number(int, 1), number(float, 0), number(float, 0, above=True)
+count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
     "task": [
@@ -388,7 +430,7 @@ SETTINGS = {
         Setting("algo", f"one or several of {', '.join(ALGORITHMS)}", "maml directed-maml", nargs="+",
                 choices=ALGORITHMS),
         Setting("rl", "pg: policy gradient; ac: actor-critic", "ac", default="pg", choices=tuple(policies.LOSSES)),
-        Setting("seed", "one or several, all trained at once", "1 2 3 4 5", number(int, 0), (1,), nargs="+"),
+        Setting("seed", "one or several, all trained at once; 1-10 is ten", "1 2 3 4 5", seeds, 1, nargs="+"),
         Setting("epochs", "E", "1000", count, 500, identity=False),
         Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories", "3", count, 1),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
@@ -399,8 +441,9 @@ SETTINGS = {
         Setting("hidden", "widths of the tanh layers", "100 100", count, (64, 64), nargs="+"),
     ],
     "step sizes": [
-        Setting("alpha", "inner step size α", "0.01", step_size, 0.001),
-        Setting("beta", "outer step size β; Reptile's ε", "0.02", step_size, 0.001),
+        Setting("alpha", "inner step size α, one or several", "0.01", step_size, 0.001,
+                nargs="+"),
+        Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+"),
         Setting("delta", "δ, one or several, all trained at once", "0 0.001 0.005", size, 0.005, nargs="+",
                 needs=DIRECTED),
         Setting("delta_schedule", "constant; decay: δ / (1 + epoch / 100); converged: 0 once the smoothed return is "
@@ -432,11 +475,14 @@ SETTINGS = {
     "running": [
         Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
                 choices=("auto", "cpu", "cuda"), identity=False),
-        Setting("workers", "processes that step gymnasium environments; 0: this one", "4", number(int, 0, 1024), None,
+        Setting("workers", "processes that share the runs, or the trajectories of a few runs; 1: this one", "4",
+                number(int, 0, 1024), None,
                 "the number of cores", identity=False),
         Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
                 identity=False),
         Setting("out", "folder of all runs", "../runs", Path, Path("runs"), identity=False),
+        Setting("like", "take every setting of that run from its config.json; other flags override it",
+                "runs/cartpole-pg/maml/seed1 --seed 2", Path, identity=False),
         Setting("resume", "continue runs that exist, e.g. with more --epochs", type=bool, identity=False),
         Setting("overwrite", "start runs that exist again", type=bool, identity=False),
         Setting("quiet", "no progress, only errors", type=bool, identity=False),
@@ -494,21 +540,51 @@ def parse(argv):
             kind = one_of(setting.choices) if setting.choices else setting.type
             metavar = "{" + ",".join(setting.choices) + "}" if 0 < len(setting.choices) < 5 else setting.name.upper()
             section.add_argument(setting.flag, type=kind, nargs=setting.nargs, metavar=metavar, help=text)
+    # argparse's own pattern takes -1. and -1e-05 for flags
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(f"{unknown[0]}: a value that no flag takes; flags that take several say so in --help")
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
         parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
+    if args.like is not None:
+        return parse([*words_of(args.like), *without(argv, "--like", 2)])
+    args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
     check_pairs(args, parser.error)
     for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
         if getattr(args, setting.name) is None:
-            setattr(args, setting.name, os.cpu_count() if setting.name == "workers" else setting.default)
+            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this rank
+            setattr(args, setting.name, max(cores, 1) if setting.name == "workers" else setting.default)
     return args
+
+
+def words_of(folder):
+    """The settings of the run in a folder, from its config.json, as the words of a command line."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        given = {
+            x: config[x.name] for x in ALL_SETTINGS.values() if x.name != "device" and config.get(x.name) is not None
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
+    values = {setting: value if isinstance(value, list) else [value] for setting, value in given.items()}
+    return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
+
+
+def without(argv, flag, count):
+    """The command line without a flag and its values, `count` words in all."""
+    i = [word.split("=")[0] for word in argv].index(flag)
+    return argv[:i] + argv[i + (1 if "=" in argv[i] else count) :]
 
 
 def one_of(choices):
     """An argparse type: one of these words; the nearest is suggested for another."""
 
     def parse(text):
+        if "," in text:
+            raise argparse.ArgumentTypeError(f"{text!r}: separate values by spaces: {' '.join(text.split(','))}")
         if text not in choices:
             raise argparse.ArgumentTypeError(f"{text!r}: {envs.hint(text, choices, ', '.join(choices))}")
         return text
@@ -530,7 +606,7 @@ def check_pairs(args, error):
             and not any(NEEDS[setting.needs](args, algo) for algo in args.algo or [""])
         ):
             raise RunError(f"{setting.flag} does nothing without {setting.needs}; leave it out, or add that", 2)
-        if setting.name in ("algo", "seed", "delta"):
+        if setting.name in ("algo", *SWEPT):
             names = [f"{x:.12g}" if isinstance(x, float) else x for x in values or ()]  # as folders are named
             if len(set(names)) < len(names):
                 raise RunError(f"{setting.flag} {' '.join(map(str, values))}: duplicate value", 2)
@@ -569,15 +645,18 @@ def plan(args, algo, env):
     settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
-    if algo.endswith("meta-sgd") and args.beta_alpha is None:
-        # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001, and it diverges.
-        settings["beta_alpha"] = settings["alpha"] * settings["beta"]
-    root, runs = folder_of_all(args), []
-    deltas = args.delta or [settings["delta"]]
-    for delta, seed in itertools.product(deltas if algo.startswith("directed-") else [None], args.seed or [1]):
-        own = settings | {"delta": delta, "seed": seed}
-        folder = root / algo / ("" if delta is None else f"delta{delta:.12g}") / f"seed{seed}"
-        runs.append(Run(folder, own, first_state(own, env)))
+    swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
+    if not algo.startswith("directed-"):
+        swept["delta"] = [None]
+    runs = []
+    for values in itertools.product(*swept.values()):
+        own = settings | dict(zip(swept, values, strict=True))
+        if algo.endswith("meta-sgd") and args.beta_alpha is None:
+            # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
+            own["beta_alpha"] = own["alpha"] * own["beta"]
+        varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
+        names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
+        runs.append(Run(folder_of_all(args) / algo / "/".join(names), own, first_state(own, env)))
     return runs
 
 
@@ -609,6 +688,27 @@ def choose_device(args, env):
     return args.device
 
 
+def check_memory(args, env):
+    """Refuse what cannot fit into memory before it starts: at the least, every task has its parameters twice, and the
+    gradient needs every layer's activations three times."""
+
+    def value(name):
+        given = getattr(args, name)
+        return default_of(ALL_SETTINGS[name], env) if given is None else given
+
+    sizes = [env.obs_dim, *value("hidden"), env.action_dim]
+    params = sum(a * b for a, b in itertools.pairwise(sizes))
+    activations = value("trajectories") * env.horizon * sum(sizes[1:])
+    runs = math.prod(len(getattr(args, name) or [0]) for name in SWEPT)
+    need = 4 * runs * value("tasks") * (2 * params + 3 * activations)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if need > have:
+        raise RunError(
+            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the machine has {have / 2**30:.0f}; give "
+            "fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 2,
+        )  # fmt: skip
+
+
 def check_ranks(args, ranks):
     """All ranks must do the same, and have equally many tasks."""
     tasks = args.tasks or default_of(ALL_SETTINGS["tasks"])
@@ -635,24 +735,33 @@ def begin(run, args, env, device, runs_in_batch):
 
 
 class Progress:
-    """The bar of a batch's training: the mean return after adaptation, and the epochs a second."""
+    """One bar for all runs of the command, counting every run's epochs; without a terminal, a line every 30 seconds."""
 
-    def __init__(self, batch, epochs, quiet):
-        name = batch.settings["algo"] + (f" x{len(batch.runs)}" if len(batch.runs) > 1 else "")
-        hidden = True if quiet or batch.ranks.rank else None  # None: where there is no terminal
-        self.bar = tqdm(total=epochs, initial=batch.epoch, desc=name, unit="epoch", disable=hidden)
+    def __init__(self, runs, args, ranks):
+        self.show = not args.quiet and ranks.rank == 0
+        done = sum(run.state["epoch"] for run in runs)
+        self.bar = tqdm(total=args.epochs * len(runs), initial=done, unit="epoch", disable=None if self.show else True)
+        self.lines, self.said, self.start = self.show and self.bar.disable, time.monotonic(), time.monotonic()
+        self.done, self.begun, self.total = done, done, args.epochs * len(runs)
 
     def __enter__(self):
-        self.bar.__enter__()
+        return self
 
     def __exit__(self, *error):
-        self.bar.__exit__(*error)
+        self.bar.close()
 
-    def update(self, batch):
-        self.bar.set_postfix(
-            return_post=f"{numpy.mean([run.state['log'][-1][5] for run in batch.runs]):.4g}", refresh=False
-        )
-        self.bar.update()
+    def update(self, news):
+        algo, count, mean_return = news
+        self.done += count
+        self.bar.set_description(algo, refresh=False)
+        self.bar.set_postfix(return_post=f"{mean_return:.4g}", refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.lines and now - self.said > 30:
+            left = (now - self.start) / (self.done - self.begun) * (self.total - self.done)
+            print(f"{algo}: epoch {self.done} of {self.total}, return {mean_return:.4g}, {left:.0f} s left",
+                  file=sys.stderr)  # fmt: skip
+            self.said = now
 
 
 def finish(failures, args):

@@ -20,6 +20,7 @@ import torch
 import checkpoints
 import envs
 import maml
+import parallel
 import policies
 from checkpoints import RunError
 
@@ -74,12 +75,15 @@ class Policy:
 
         Drawn from the policy; `greedy`: its mode. Box actions are scaled from the policy's [−1, 1] to the box.
         """
-        obs = torch.as_tensor(np.asarray(observation, np.float32).reshape(1, 1, self.env.obs_dim))
-        noise = self.rng.gumbel if isinstance(self.env.actions, int) else self.rng.normal
-        noise = torch.tensor(noise(size=(1, 1, self.env.action_dim)) * (not greedy), dtype=torch.float32)
-        with torch.no_grad():
-            action = policies.actor(self.theta, self.head)(obs, noise)
-        return int(action) if isinstance(self.env.actions, int) else envs.in_box(action, self.env.actions)[0, 0].numpy()
+        obs = np.asarray(observation, np.float32).reshape(1, 1, self.env.obs_dim)
+        draw = self.rng.gumbel if isinstance(self.env.actions, int) else self.rng.normal
+        noise = draw(size=(1, 1, self.env.action_dim)).astype(np.float32) * (not greedy)
+        (action,) = policies.actor(as_numpy(self.theta), self.head)(obs, noise)[0]
+        return int(action) if isinstance(self.env.actions, int) else envs.in_box(action, *self.box)
+
+    @property
+    def box(self):
+        return [np.array(bound, np.float32) for bound in self.env.actions]
 
     def adapt(self, phi=None, episodes=None, steps=None, seed=0):
         """The policy after the run's inner steps (or `steps`) on a task: θ' = θ − α ∇L(θ), each on fresh episodes.
@@ -114,8 +118,7 @@ class Policy:
     def sample(self, phi, rng, params, num_trajectories=None):
         """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""
         noise = envs.draw_noise(self.env, rng, 1, num_trajectories or self.settings["trajectories"])
-        acting = {name: p.detach() for name, p in params.items()}
-        return envs.rollout(self.env, policies.actor(acting, self.head), phi, noise)
+        return parallel.with_numpy(partial(parallel.rollout_here, self.env, self.head), params, phi, noise)
 
     def loss(self, params, trajectories):
         options = {key: self.settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
@@ -144,10 +147,16 @@ class Policy:
             parts["obs"][0, 0, k, :count] = obs[:count]
             parts["rewards"][0, 0, k, :count] = torch.as_tensor(np.asarray(rewards, np.float32))
             taken = torch.as_tensor(np.asarray(actions))
-            parts["actions"][0, 0, k, :count] = taken if discrete else envs.from_box(taken, self.env.actions)
+            parts["actions"][0, 0, k, :count] = (
+                taken if discrete else torch.as_tensor(envs.from_box(taken.numpy(), *self.box))
+            )
             if len(obs) > count:
                 parts["last_obs"][0, 0, k], parts["terminated"][0, 0, k] = obs[count], False
         return parts
+
+
+def as_numpy(tensors):
+    return {key: x.detach().numpy() for key, x in tensors.items()}
 
 
 # --- watch ---
@@ -163,9 +172,9 @@ def watch(folder, phi=None, trusted_env=None):
         phi = policy.check_phi(phi)
         adapted = policy.adapt(phi[0, 0].tolist())
         noise_rng = envs.generators([policy.settings["seed"]], WATCH, 1)
-        noise = envs.draw_noise(env, noise_rng, 1, 1)
-        episode = envs.rollout(env, policies.actor(adapted.theta, policy.head), phi, noise)
-        pictures = frames(env, phi, noise, episode)
+        noise = as_numpy(envs.draw_noise(env, noise_rng, 1, 1))
+        episode = envs.rollout(env, policies.actor(as_numpy(adapted.theta), policy.head), phi.numpy(), noise)
+        pictures = frames(env, phi.numpy(), noise, episode)
         from PIL import Image
     except ImportError as error:
         raise RunError(f"--watch: {error}; animations need matplotlib: pip install matplotlib") from error
@@ -201,7 +210,7 @@ def render_states(env, episode, mode):
     shown = envs.gymnasium.make(env.draw, render_mode=mode).unwrapped
     pictures = []
     for state in episode["obs"][episode["mask"]]:
-        shown.state = state.numpy()
+        shown.state = state
         pictures.append(shown.render())
     shown.close()
     return pictures

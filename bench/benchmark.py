@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import checkpoints
 import envs
 import maml
-import report
 import run
+import trained
 from bench import replay
-from bench.measure import Configuration, in_fresh_processes, measure, median_epoch, profile, time_epoch
+from bench.measure import Configuration, in_fresh_processes, measure, median_epoch, opened, profile, time_epoch
 
 PARTS = ("epoch", "reference", "scaling", "lunarlander", "profile")
 COMPARED = ("maml", "fomaml", "directed-maml")  # with the conventional design
@@ -168,26 +169,31 @@ def sweep_cost(c, device, repeats, measured):
 # --- LunarLander ---
 
 
-def lunarlander_starts(checkpoints, base):
-    """(label, env, states) of a fresh policy; of the first checkpoint; and of all of them as one batch."""
+def lunarlander_starts(paths, base):
+    """(label, env, runs) of a fresh policy; of the first checkpoint; and of all of them as one batch."""
     horizon = min(base.H * 2, envs.ENVS["lunarlander"].horizon)
-    env, [settings] = replace(base, env="lunarlander", algo="directed-maml", H=horizon).settings()
-    with run.open_problem(env, 0, "cpu") as problem:
-        yield "fresh policy", env, [run.new_state(settings, problem.env)]
-    states = [run.load(Path(path)) for path in checkpoints]
-    for state in states:  # of any algorithm: they serve all
-        of_delta_step = {key: settings[key] for key in ("delta", "medium", "delta_schedule")}
-        state["settings"] = settings | state["settings"] | of_delta_step
-    for some in [states[:1], states][: len(states)]:
-        trained = f"{len(some)} run{'s' * (len(some) > 1)} after {some[0]['epoch']} epochs"
-        yield trained, envs.make("lunarlander", horizon=some[0]["settings"]["horizon"]), some
+    env, [fresh] = replace(base, env="lunarlander", algo="directed-maml", H=horizon).plan()
+    yield "fresh policy", env, [fresh]
+    of_delta_step = {key: fresh.settings[key] for key in ("delta", "medium", "delta_schedule")}
+    runs = []
+    for path in map(Path, paths):  # of any algorithm: they serve all
+        state = checkpoints.load(path)
+        if state is None:
+            raise SystemExit(f"benchmark.py: --checkpoint {path}: no such file")
+        runs.append(checkpoints.Run(path.parent, fresh.settings | state["settings"] | of_delta_step, state))
+    for some in [runs[:1], runs][: len(runs)]:
+        label = f"{len(some)} run{'s' * (len(some) > 1)} after {some[0].state['epoch']} epochs"
+        yield label, envs.make("lunarlander", horizon=some[0].settings["horizon"]), some
 
 
-def as_run_of(algo, state):
-    """A state of whatever algorithm that `algo` goes on from; nothing that the optimiser has remembered."""
-    settings = state["settings"] | {"algo": algo, "beta_alpha": state["settings"]["alpha"] * state["settings"]["beta"]}
-    alpha = maml.learned_alpha(state["theta"], settings["alpha"]) if algo == "meta-sgd" else settings["alpha"]
-    return state | {"settings": settings, "alpha": alpha, "optimizer": {}}
+def as_run_of(algo, original):
+    """The run continued by another algorithm, without what the optimiser has remembered."""
+    settings = original.settings | {"algo": algo}
+    settings["beta_alpha"] = settings["alpha"] * settings["beta"]
+    if not algo.startswith("directed-"):
+        settings["medium"] = None
+    alpha = maml.learned_alpha(original.state["theta"], settings["alpha"]) if algo == "meta-sgd" else {}
+    return replace(original, settings=settings, state=original.state | {"alpha": alpha, "optimizer": {}})
 
 
 def lunarlander_tables(args, base):
@@ -195,22 +201,27 @@ def lunarlander_tables(args, base):
     torch.set_num_threads(1)
     cores = os.cpu_count()
     sampling, epochs = [], []
-    for label, env, states in lunarlander_starts(args.checkpoint, base):
-        count, settings = len(states), states[0]["settings"]
-        batches = {algo: run.stack([as_run_of(algo, s) for s in states], states, args.device) for algo in TABLE_II}
+    for label, env, runs in lunarlander_starts(args.checkpoint, base):
+        count, settings = len(runs), runs[0].settings
         rates, timed = [], {algo: [] for algo in TABLE_II}
-        with replay.replayers(cores) as pool, run.open_problem(env, cores, "cpu") as problem:
+        with replay.replayers(cores) as pool, opened(env, [as_run_of("maml", r) for r in runs], args.device) as first:
+            batches = {
+                algo: run.Batch(
+                    [as_run_of(algo, r) for r in runs], env, first.head, first.sample, args.device, first.ranks
+                )
+                for algo in TABLE_II
+            }
             for turn in tqdm(range(args.repeats + 1), f"lunarlander, {label}", disable=None):
-                rng = envs.generators(range(count), run.WATCH, turn)
+                rng = envs.generators(range(count), trained.WATCH, turn)
                 phi = envs.sample_tasks(env, rng, settings["tasks"])
                 noise = envs.draw_noise(env, rng, settings["tasks"], settings["trajectories"])
                 start = time.perf_counter()
-                batch = problem.sample(maml.expand(batches["maml"].theta, settings["tasks"]), phi, noise)
-                seconds, steps = time.perf_counter() - start, batch["mask"].sum(-1).double()
-                raw = replay.replay_rates(env, phi, noise, batch, pool, cores, turn)
+                trajectories = first.sample(maml.expand(batches["maml"].theta, settings["tasks"]), phi, noise)
+                seconds, steps = time.perf_counter() - start, trajectories["mask"].sum(-1).double()
+                raw = replay.replay_rates(env, phi, noise, trajectories, pool, cores, turn)
                 rates.append([float(steps.mean()), float(steps.sum()) / seconds, *raw])
                 for algo, batch in batches.items():
-                    timed[algo].append(time_epoch(batch, problem))
+                    timed[algo].append(time_epoch(batch))
         length, ours, alone, together = zip(*rates[1:], strict=True)  # the first warmed up
         shares = [[x / y for x, y in zip(ours, raw, strict=True)] for raw in ([cores * x for x in alone], together)]
         shown = [f"{median(x):,.0f}" for x in (length, ours, alone, together)]
@@ -323,7 +334,7 @@ def main(argv=None):
     print(text, end="")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        report.write_atomically(args.out / "README.md", text)
+        checkpoints.write_atomically(args.out / "README.md", text)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest import mock
 
 import torch
 
 import maml
+import parallel
+import policies
 import run
 from bench import reference
 
@@ -32,13 +35,13 @@ class Configuration:
     hidden: int
     design: str = "shipped"
 
-    def settings(self):
-        """What run.py makes of it: the task family, and every run's settings."""
+    def plan(self):
+        """What run.py makes of it: the task family and the runs."""
         words = ["--env", self.env, "--algo", self.algo, "--seed", *range(1, self.S + 1), "--tasks", self.M]
         words += ["--trajectories", self.K, "--hidden", self.hidden, self.hidden]
-        args = run.parse_args([str(word) for word in words + (["--horizon", self.H] if self.H else [])])
-        env = run.resolve_env(args)
-        return env, list(run.resolve_runs(args, self.algo, env).values())
+        args = run.parse([str(word) for word in words + (["--horizon", self.H] if self.H else [])])
+        env = run.make_env(args)
+        return env, run.plan(args, self.algo, env)
 
 
 def endless(env):
@@ -47,22 +50,28 @@ def endless(env):
     gymnasium's environments, which worker processes hold, stay as they are.
     """
 
-    def dynamics(phi, noise):
-        state, step = env.dynamics(phi, noise)
-        never = torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
+    def dynamics(phi, noise, xp):
+        state, step = env.dynamics(phi, noise, xp)
+        never = noise[..., 0] < 0
         return state, lambda state, action: (*step(state, action)[:2], never, never)
 
     return env if env.in_workers else replace(env, dynamics=dynamics)
 
 
 @contextlib.contextmanager
-def opened(configuration, device):
-    """(batch, problem) as run.py makes them."""
+def opened(env, runs, device):
+    """A batch of runs, ready to train as run.py trains them."""
     torch.set_num_threads(1)
-    run.keep_memory()
-    env, settings = configuration.settings()
-    with run.open_problem(endless(env), os.cpu_count(), device) as problem:
-        yield run.stack([run.new_state(s, problem.env) for s in settings], [None] * len(settings), device), problem
+    parallel.keep_memory()
+    head, ranks = policies.make_head(env.actions), parallel.Ranks()
+    with parallel.open_sampler(env, head, device, os.cpu_count()) as sample:
+        yield run.Batch(runs, env, head, sample, device, ranks)
+
+
+def opened_endless(configuration, device):
+    """The configuration's batch, with trajectories of full length."""
+    env, runs = configuration.plan()
+    return opened(endless(env), runs, device)
 
 
 def clock():
@@ -72,8 +81,8 @@ def clock():
     return time.perf_counter()
 
 
-def time_epoch(batch, problem):
-    """Seconds of one run.train_epoch and of its parts, and its env steps.
+def time_epoch(batch):
+    """Seconds of one run.train_epoch and of its parts, which add up to it, and its env steps.
 
     "outer" is what is neither sampling nor the inner gradient: the δ-step's gradient and the optimiser too.
     """
@@ -85,22 +94,20 @@ def time_epoch(batch, problem):
         inner.append(clock() - start - (task_loss.seconds - sampled))
         return adapted
 
-    def totals():
-        return {key: sum(t[key] for t in batch.totals) for key in ("seconds", "sample_seconds", "env_steps")}
-
-    before, start = totals(), clock()
+    start = clock()
     with mock.patch.object(maml, "adapt", timed_adapt):
-        run.train_epoch(batch, problem, run.Ranks())
-    seconds, after = clock() - start, totals()
-    logged, sampling, env_steps = (after[key] - before[key] for key in before)
-    outer = logged - sampling - sum(inner)
+        losses = run.train_epoch(batch)
+    seconds, sampling = clock() - start, sum(loss.seconds for loss in losses)
+    env_steps = int(sum(loss.env_steps.sum() for loss in losses))
+    outer = seconds - sampling - sum(inner)
     return {"epoch": seconds, "sampling": sampling, "inner": sum(inner), "outer": outer, "env_steps": env_steps}
 
 
 def make_reference_epoch(configuration):
     """A function that trains one epoch by the conventional design; returns its seconds and env steps."""
     torch.set_num_threads(1)
-    env, [settings] = configuration.settings()
+    env, [planned] = configuration.plan()
+    settings = planned.settings
     policy = reference.make_policy(configuration.hidden)
     sample = reference.make_sampler(policy, settings["trajectories"], settings["horizon"])
     optimizer = torch.optim.SGD(policy.parameters(), settings["beta"])
@@ -127,8 +134,7 @@ def measure(configuration, device, seconds=0.5):
     """The median of the epochs in so many seconds, one at least, after WARM_UP; and the peak memory, MB."""
     with contextlib.ExitStack() as stack:
         if configuration.design == "shipped":
-            batch, problem = stack.enter_context(opened(configuration, device))
-            epoch = lambda: time_epoch(batch, problem)  # noqa: E731
+            epoch = partial(time_epoch, stack.enter_context(opened_endless(configuration, device)))
         else:
             epoch = make_reference_epoch(configuration)
         for _ in range(WARM_UP):
@@ -151,12 +157,12 @@ def profile(configuration, device):
     """One epoch by torch's profiler, after WARM_UP: {operation: (calls, seconds of its own)}, and "Python"."""
     on_gpu = device == "cuda"
     activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
-    with opened(configuration, device) as (batch, problem):
+    with opened_endless(configuration, device) as batch:
         for _ in range(WARM_UP):
-            run.train_epoch(batch, problem, run.Ranks())
+            run.train_epoch(batch)
         with torch.profiler.profile(activities=activities) as profiler:
             start = clock()
-            run.train_epoch(batch, problem, run.Ranks())
+            run.train_epoch(batch)
             seconds = clock() - start
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     spent = {event.key: (event.count, getattr(event, own) / 1e6) for event in profiler.key_averages()}
@@ -166,6 +172,6 @@ def profile(configuration, device):
 def in_fresh_processes(function, *calls):
     """function(*call) for every call at once, each in a process of its own that has imported this module only."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.measure", "torch._dynamo"])  # the latter for torch.optim, in the reference
+    context.set_forkserver_preload(["bench.measure", "torch._dynamo"])  # the latter for torch.optim, in the reference
     with ProcessPoolExecutor(len(calls), context, max_tasks_per_child=1) as pool:
         return [future.result() for future in [pool.submit(function, *call) for call in calls]]

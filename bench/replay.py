@@ -28,7 +28,7 @@ def replay(env, gravities, seeds, episodes, together):
     steps, seconds = 0, 0.0
     for gravity, seed, actions in zip(gravities, seeds, episodes, strict=True):
         env.dynamics.reset(0, [gravity], seed)
-        step, over = env.dynamics.lanes[0].step, []
+        step, over = env.dynamics.instances[0].step, []
         start = time.perf_counter()
         for action in actions:
             over.append(step(action)[2:4])
@@ -38,15 +38,15 @@ def replay(env, gravities, seeds, episodes, together):
     return steps / seconds
 
 
-def replay_rates(env, phi, noise, batch, pool, count, turn):
-    """Steps a second of one process while the others wait, and of `count` at once, each with its share of the lanes.
+def replay_rates(env, phi, noise, trajectories, pool, count, turn):
+    """Steps a second of one process while the others wait, and of `count` at once, each with its share of the episodes.
 
-    phi, noise, batch: as `envs.rollout` takes and returns them; turn: which share the single process has.
+    phi, noise, trajectories: as `envs.rollout` takes and returns them; turn: which share the single process has.
     """
     gravities = phi.double().expand(noise["reset"].shape[:3]).flatten().tolist()
     seeds = [int(u * 2**24) for u in noise["reset"].flatten().tolist()]  # envs.Gymnasium's; others would not replay
-    lengths = batch["mask"].sum(-1).flatten().tolist()
-    episodes = [actions[:n].tolist() for actions, n in zip(batch["actions"].flatten(0, 2), lengths, strict=True)]
+    lengths, actions = trajectories["mask"].sum(-1).flatten().tolist(), trajectories["actions"].flatten(0, 2)
+    episodes = [taken[:n].tolist() for taken, n in zip(actions, lengths, strict=True)]
     shares = [(env, *(x[i::count] for x in (gravities, seeds, episodes))) for i in range(count)]
     alone = pool.apply(replay, (*shares[turn % count], False))
     return alone, sum(pool.starmap(replay, [(*share, True) for share in shares], chunksize=1))

@@ -1,6 +1,7 @@
-"""Does the damage: kills training at random moments, and runs it long. `python bench/torture.py --help`; needs Linux.
+"""Tries to break run.py: kills training at random moments, runs it long, and gives it random command lines.
 
-The suite does a little of it; this takes from minutes to an hour.
+`python bench/torture.py --help`; kill and long need Linux. The suite does a little of it; this takes from minutes to an
+hour.
 """
 
 import argparse
@@ -15,6 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoints
+from bench import fuzz
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "sample_seconds")
@@ -128,7 +134,8 @@ def rows(path):
 
 def without_times(state):
     totals = {key: x for key, x in state["totals"].items() if key not in TIMES}
-    log = [row[:2] + row[4:] for row in state["log"]]  # columns as in log.csv: the times are the third and fourth
+    timed = [checkpoints.TABLES["log"].index(column) for column in TIMES]
+    log = [[x for i, x in enumerate(row) if i not in timed] for row in state["log"]]
     return state | {"totals": totals, "log": log}
 
 
@@ -210,13 +217,16 @@ def report_long(cases):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill", "long"])
-    parser.add_argument("--case", nargs="+", help="default: all of " + ", ".join(CASES))
+    parser.add_argument("what", choices=["kill", "long", "fuzz"])
+    parser.add_argument("--case", nargs="+", help="of kill and long; default: all of " + ", ".join(CASES))
     parser.add_argument("--kills", type=int, default=40, help="for each case (default 40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--count", type=int, default=3000, help="command lines of fuzz (default 3000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments or command lines (default 0)")
     args = parser.parse_args()
     if args.what == "kill":
         report_kills(args.case or CASES, args.kills, args.seed)
+    elif args.what == "fuzz":
+        fuzz.report_fuzz(args.count, args.seed)
     else:
         report_long(args.case or LONG)
 

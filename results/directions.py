@@ -14,19 +14,26 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import envs
 import maml
 import report
 import run
+from bench import measure
 
 REPEATS, SEEDS = 60, range(1, 11)
 ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)
 
 
-def gradients(batch, problem, grid):
+def load_run(folder):
+    state = checkpoints.load(folder / checkpoints.CHECKPOINT)
+    return checkpoints.Run(folder, state["settings"], state)
+
+
+def gradients(batch, grid):
     """Estimates of the gradient at θ from K trajectories each: (repeats, S, G, number of parameters)."""
     rng = envs.generators(batch.seeds, 99, batch.epoch)
-    task_loss = run.TaskLoss(problem, batch.settings[0], grid.expand(len(batch.seeds), *grid.shape), rng)
+    task_loss = run.TaskLoss(batch, grid.expand(len(batch.seeds), *grid.shape), rng)
     theta = {key: p.detach().requires_grad_() for key, p in maml.expand(batch.theta, len(grid)).items()}
     estimates = []
     for _ in range(REPEATS):
@@ -57,20 +64,18 @@ def cosines(estimates):
 
 
 def main():
-    run.keep_memory()
     lines = []
-    for env in ENVS:
-        problem_env = envs.make(env)
+    for name in ENVS:
+        env = envs.make(name)
         out = Path("runs/directions")
-        folders = [out / f"{env}-pg/fomaml/seed{seed}" for seed in SEEDS]
+        folders = [out / f"{name}-pg/fomaml/seed{seed}" for seed in SEEDS]
         for epoch in EPOCHS:
-            words = ["--env", env, "--algo", "fomaml", "--epochs", epoch, "--out", out, "--quiet", "--resume"]
+            words = ["--env", name, "--algo", "fomaml", "--epochs", epoch, "--out", out, "--quiet", "--resume"]
             run.main([*map(str, words), "--seed", *map(str, SEEDS)])
-            batch = run.stack([run.load(folder / run.CHECKPOINT) for folder in folders], folders, "cpu")
-            with run.open_problem(problem_env, 0, "cpu") as problem:
-                found = cosines(gradients(batch, problem, envs.held_out_tasks(problem_env)))
+            with measure.opened(env, [load_run(folder) for folder in folders], "cpu") as batch:
+                found = cosines(gradients(batch, envs.held_out_tasks(env)))
             cells = {column: report.with_interval(values.tolist(), "{:.2f}".format) for column, values in found.items()}
-            lines.append({"environment": env, "epoch": f"{batch.epoch}", **cells})
+            lines.append({"environment": name, "epoch": f"{batch.epoch}", **cells})
     text = f"# Directions\n\n{report.markdown(lines)}\n\n{__doc__}"
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
 

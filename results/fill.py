@@ -1,4 +1,4 @@
-"""Fill the tables of Markdown files from summary.csv files.
+"""Fill the tables of Markdown files from summary.csv files, and the README's table of flags from run.py's settings.
 
 From the repository's root: `python -m results.fill README.md results/README.md`. With --check nothing is written: the
 command exits with code 1 and names the files whose tables are out of date.
@@ -7,6 +7,8 @@ A table stands below a comment that names its columns and its lines. A line is {
 relative to the Markdown file and holds a summary.csv, the label is one of that file's labels:
 
 <!-- report {"columns": ["epochs to convergence"], "lines": {"fomaml": "cartpole-pg/fomaml"}} -->
+
+The table of flags stands below <!-- flags -->.
 """
 
 import argparse
@@ -16,9 +18,10 @@ import sys
 from pathlib import Path
 
 import report
+import run
 
 # The comment, then the table below it if there is one, with the empty lines around it.
-MARKED_TABLE = re.compile(r"(<!-- report (.*) -->)\n*(?:\|.*\n)*\n*")
+MARKED_TABLE = re.compile(r"(<!-- (?:flags|report (.*)) -->)\n*(?:\|.*\n)*\n*")
 
 
 def read_summary(folder):
@@ -49,10 +52,28 @@ def table(columns, lines, root):
     return report.markdown(rows)
 
 
+def flag_table():
+    """The Markdown table of run.py's flags, by group."""
+    lines = []
+    for title, settings in run.SETTINGS.items():
+        lines.append({"flag": f"**{title}**", "default": "", "what it does": ""})
+        for setting in settings:
+            text = setting.help
+            if not all(choice in text for choice in setting.choices):
+                text = f"{', '.join(setting.choices)}: {text}"
+            if setting.needs:
+                text += f"; needs {setting.needs}"
+            cells = f"`{setting.flag}`", run.shown_default(setting), text
+            lines.append(dict(zip(lines[0], (cell.replace("|", "\\|") for cell in cells), strict=True)))
+    return report.markdown(lines)
+
+
 def filled(path):
     """The Markdown file's text with up-to-date tables. Raises ValueError where a comment cannot be read."""
 
     def replace(match):
+        if match[2] is None:
+            return f"{match[1]}\n\n{flag_table()}\n\n"
         try:
             wanted = json.loads(match[2])
             columns, lines = wanted["columns"], wanted["lines"]

@@ -1,11 +1,14 @@
 """benchmark.py at tiny sizes; and its reference, the conventional design, against the shipped code."""
 
+import math
+from dataclasses import replace
+from functools import partial
+
 import torch
 
-import envs
-import policies
+import parallel
 import run
-from tests import benchmark, measure, reference
+from bench import benchmark, measure, reference
 
 
 def tables(text):
@@ -18,7 +21,9 @@ def tables(text):
     return found
 
 
-def test_every_configuration_has_its_row(tmp_path, capsys):
+def test_every_configuration_has_its_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "in_fresh_processes", lambda function, *calls: [function(*call) for call in calls])
+    monkeypatch.setattr(measure, "WARM_UP", 0)
     words = ["--small", "--repeats", "1", "--env", "point", "--algo", "maml", "--part", "epoch", "reference"]
     benchmark.main([*words, "--out", str(tmp_path)])
     text = capsys.readouterr().out
@@ -29,40 +34,40 @@ def test_every_configuration_has_its_row(tmp_path, capsys):
     assert [row[:2] for row in epoch] == [["point", "maml"]]
     # a base and one other value of S, M and K, for three algorithms; the conventional design for both values of K
     assert len(sweep) == 3 * 4 and len(conventional) == 3 * 2
-    for row in sweep:
-        seconds, parts = float(row[4].split()[0]), list(map(float, row[5:8]))
-        assert min(parts) > 0 and abs(sum(parts) - seconds) < 0.1 * seconds + 2e-4, row  # printed to 1e-4
     assert len(found["Targets"][0]) == 3
 
 
 def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():
     configuration = measure.Configuration("crossing", "directed-maml", S=2, M=3, K=4, H=5, hidden=8)
-    with measure.opened(configuration, "cpu") as (batch, problem), measure.opened(configuration, "cpu") as (twin, _):
-        timed = measure.time_epoch(batch, problem)
-        run.train_epoch(twin, problem, run.Ranks())
-    assert all(torch.equal(p, twin.theta[name]) for name, p in batch.theta.items())
+    with measure.opened_endless(configuration, "cpu") as batch, measure.opened_endless(configuration, "cpu") as untimed:
+        timed = measure.time_epoch(batch)
+        run.train_epoch(untimed)
+    assert all(torch.equal(p, untimed.theta[name]) for name, p in batch.theta.items())
     assert timed["env_steps"] == 2 * (1 + 3 + 3) * 4 * 5  # S (medium task + M before + M after) K H: nothing terminates
     parts = [timed[part] for part in ("sampling", "inner", "outer")]
-    assert min(parts) > 0 and 0 <= timed["epoch"] - sum(parts) < 0.1 * timed["epoch"] + 0.01
+    assert min(parts) > 0 and math.isclose(sum(parts), timed["epoch"])
 
 
 def epoch_in_float64(algo):
-    """θ after an epoch of one run by the shipped code, θ before, its settings, and the trajectories: a batch a call."""
-    configuration = measure.Configuration("cartpole", algo, S=1, M=3, K=4, H=6, hidden=5)
+    """θ after an epoch of one run by the shipped code, θ before, its settings, and the trajectories of each call."""
+    env, [planned] = measure.Configuration("cartpole", algo, S=1, M=3, K=4, H=6, hidden=5).plan()
+    env = measure.endless(env)
+    settings = planned.settings | {"alpha": 0.1, "beta": 0.01, "delta": planned.settings["delta"] and 0.05}
+    before = {name: p.double() for name, p in planned.state["theta"].items()}
     recorded = []
 
     def sample(params, phi, noise):
         noise = {key: x.double() for key, x in noise.items()}
-        recorded.append(envs.rollout(problem.env, policies.actor(params, problem.head), phi.double(), noise))
+        recorded.append(
+            parallel.with_numpy(partial(parallel.rollout_here, env, batch.head), params, phi.double(), noise)
+        )
         return recorded[-1]
 
-    with measure.opened(configuration, "cpu") as (batch, problem):
-        [state] = run.split(batch)
-        state["settings"] |= {"alpha": 0.1, "beta": 0.01, "delta": state["settings"]["delta"] and 0.05}
-        before = state["theta"] = {name: p.double() for name, p in state["theta"].items()}
-        batch = run.stack([state], [None], "cpu")
-        run.train_epoch(batch, problem._replace(sample=sample), run.Ranks())
-    return batch.theta, before, state["settings"], recorded
+    in_float64 = replace(planned, settings=settings, state=planned.state | {"theta": before})
+    with measure.opened(env, [in_float64], "cpu") as batch:
+        batch.sample = sample
+        run.train_epoch(batch)
+    return batch.theta, before, settings, recorded
 
 
 def test_the_conventional_design_trains_as_the_shipped_code_on_the_same_trajectories():
@@ -75,11 +80,11 @@ def test_the_conventional_design_trains_as_the_shipped_code_on_the_same_trajecto
             p.data = before[name][0, 0].T.clone() if p.dim() == 2 else before[name][0, 0, 0].clone()
         calls = [(recorded.pop(0), 0)] if algo.startswith("directed") else []
         inner, outer = recorded
-        calls += [(batch, task) for task in range(3) for batch in (inner, outer)]  # the order of a loop over tasks
+        calls += [(drawn, task) for task in range(3) for drawn in (inner, outer)]  # the order of a loop over tasks
 
         def sample(params, gravity, calls=calls):
-            batch, task = calls.pop(0)
-            return [batch[key][0, task].transpose(0, 1) for key in ("obs", "actions", "rewards")]  # (H, K, ...)
+            drawn, task = calls.pop(0)
+            return [drawn[key][0, task].transpose(0, 1) for key in ("obs", "actions", "rewards")]  # (H, K, ...)
 
         gamma = settings["gamma"]
         if algo.startswith("directed"):

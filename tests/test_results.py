@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import report
+import run
 from results import check, directions, fill, steps
 
 RUN_ALL = Path(check.__file__).parent / "run_all.sh"
@@ -59,6 +60,17 @@ def page(tmp_path):
 def test_fill_writes_the_marked_table_and_nothing_else(page):
     fill.fill(page)
     assert page.read_text() == f"before\n\n{marker(ours='toy-pg/maml')}\n\n{TABLE}\nafter\n"
+
+
+def test_every_flag_is_in_the_flag_table_once_in_the_group_that_help_shows(page):
+    page.write_text("before\n\n<!-- flags -->\nafter\n")
+    fill.fill(page)
+    _, _, *rows, _ = page.read_text().split("<!-- flags -->\n\n")[1].partition("\n\nafter")[0].split("\n") + [""]
+    shown = [row.split(" | ")[0].strip("| ") for row in rows]
+    expected = [[f"**{title}**", *(f"`{s.flag}`" for s in settings)] for title, settings in run.SETTINGS.items()]
+    assert shown == sum(expected, [])
+    assert all(row.count(" | ") == 2 and "None" not in row for row in rows)
+    assert fill.is_filled(page)
 
 
 def test_a_comment_without_a_table_gets_one_and_two_in_a_page_stay_apart(page):
