@@ -440,6 +440,7 @@ def from_box(action, low, high):
     return (action - low) / (high - low) * 2 - 1
 
 
+@np.errstate(invalid="ignore", over="ignore")  # numpy would warn of a run that explodes, which fails in one line
 def rollout(env, act, phi, noise, xp=np):
     """K trajectories of every task of every run at once, a pure function of (act, phi, noise).
 
