@@ -37,11 +37,13 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
         for setting, entry in zip(settings, entries, strict=True):
             assert setting.help in entry
             assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
-            always_given = setting.name in ("env", "algo", "param", "watch") or setting.type is bool
-            assert ("(default " in entry) != always_given, entry
+            without = setting.name in ("env", "algo", "param", "watch", "like") or setting.type is bool
+            assert ("(default " in entry) != without, entry
 
 
-def test_the_examples_of_help_are_accepted():
+def test_the_examples_of_help_are_accepted(tmp_path, monkeypatch):
+    train(tmp_path / "runs", algo="maml", epochs=1)  # what --like and --watch name
+    monkeypatch.chdir(tmp_path)
     required = {"env": "cartpole", "algo": "directed-meta-sgd", "rl": "ac", "watch": "run"}
     for name, setting in run.ALL_SETTINGS.items():
         words = [word for key, value in required.items() if key != name for word in (f"--{key}", value)]
@@ -111,6 +113,10 @@ FLAGS = [
     (["--gae-lambda", "-0.5"], "--gae-lambda: '-0.5': expected a finite number >= 0 and <= 1"),
     (["--seed", "-1"], "--seed: '-1': expected a finite whole number >= 0"),
     (["--seed", "1.5"], "--seed: '1.5': expected a finite whole number >= 0"),
+    (["--seed", "5-1"], "--seed: '5-1': expected FIRST-LAST, at least one seed and at most a million"),
+    (["--seed", "1-3000000000"], "--seed: '1-3000000000': expected FIRST-LAST"),
+    (["--seed", "1-5", "3"], "--seed 1 2 3 4 5 3: duplicate value"),
+    (["--seed", "1,2"], "--seed: '1,2': separate values by spaces: 1 2"),
     (["--seed", "one"], "--seed: 'one': expected a finite whole number >= 0"),
     (["--tasks", "0"], "--tasks: '0': expected a finite whole number >= 1"),
     (["--trajectories", "0"], "--trajectories: '0': expected a finite whole number >= 1"),
@@ -208,9 +214,20 @@ def test_cuda_asked_for_and_absent(tmp_path, capsys):
     assert "--device cuda: no CUDA device" in refused(capsys, tmp_path, "--device", "cuda")
 
 
-def test_too_large_for_the_memory(tmp_path, capsys):
-    error = refused(capsys, tmp_path, "--hidden", 10**15, code=1)  # 16 petabytes: refused at once
-    assert "out of memory; give fewer --seed, --delta, --tasks" in error
+@pytest.mark.parametrize("words", [["--hidden", 10**9], ["--hidden", 64, "--tasks", 10**8], ["--seed", "1-1000000"]])
+def test_what_cannot_fit_into_memory_is_refused_before_it_starts(tmp_path, capsys, words):
+    error = refused(capsys, tmp_path, *words, "--hidden", 10**5, 10**5)
+    assert "GiB of memory at the least" in error and "give fewer --seed, --delta, --tasks" in error
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_what_does_not_fit_all_the_same_is_one_line(tmp_path, capsys, monkeypatch, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(run, "train_epoch", full)
+    assert "out of memory; give fewer --seed, --delta, --tasks" in refused(capsys, tmp_path, code=1)
 
 
 # `python run.py words`, then the same words and --help, and with a wrong one: as programs, in one process.
@@ -281,18 +298,29 @@ def test_env_steps_count_what_was_sampled(tmp_path):
 # --- steps ---
 
 
-def test_the_plain_step_is_torchs_sgd_bit_for_bit():
-    leaves = [[torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)] for _ in range(2)]
-    optimizers = []
-    for (a, b, *gradients), make in zip(leaves, (run.SGD, torch.optim.SGD), strict=True):
-        optimizers.append(make([{"params": [a]}, {"params": [b], "lr": 0.3}], lr=0.1))
-        for p, gradient in zip((a, b), gradients, strict=True):
-            p.grad = gradient
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_an_optimizer_is_torchs_with_a_step_size_for_each_run(name):
+    """Two parameters of two runs, three steps, in float64; torch's optimiser has each run's parameters for itself."""
+    g = torch.Generator().manual_seed(0)
+    params = [torch.randn(2, 1, *shape, generator=g, dtype=torch.float64) for shape in ((3, 4), (1, 4))]
+    betas = [torch.tensor([0.1, 0.3]).double(), torch.tensor([0.2, 0.4]).double()]
+    alone = [[p[i : i + 1].clone() for p in params] for i in range(2)]
+    ours = run.OPTIMIZERS[name](params, betas)
+    torchs = [
+        {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name](
+            [{"params": [p], "lr": float(beta[i])} for p, beta in zip(alone[i], betas, strict=True)]
+        )
+        for i in range(2)
+    ]
     for _ in range(3):
-        for optimizer in optimizers:
+        for k, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            for i in range(2):
+                alone[i][k].grad = p.grad[i : i + 1].clone()
+        for optimizer in (ours, *torchs):
             optimizer.step()
-    for ours, torchs in zip(*leaves, strict=True):
-        assert torch.equal(ours, torchs)
+    for k, p in enumerate(params):
+        torch.testing.assert_close(p, torch.cat([alone[i][k] for i in range(2)]), rtol=1e-12, atol=1e-12)
 
 
 def test_meta_sgds_alpha_has_a_step_of_its_own(tmp_path):
@@ -403,6 +431,7 @@ def test_overwrite_removes_the_runs_own_files_alone(tmp_path):
 # --- not a number ---
 
 
+@pytest.mark.filterwarnings("error")  # which would be more lines
 @pytest.mark.parametrize("rl", ["pg", "ac"])
 @pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "directed-reptile"])
 def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resuming(tmp_path, capsys, rl, algo):
@@ -415,7 +444,9 @@ def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resumin
         error = capsys.readouterr().err.splitlines()
         assert stop.value.code == 1 and len(error) == 2
         for seed, line in zip((1, 2), error, strict=True):
-            assert f"{algo}, seed {seed}, delta 1e+39: a loss or parameter is not finite after epoch 1; try" in line
+            assert (
+                line.startswith(f"run.py: {algo}, seed {seed}, ") and "delta 1e+39: a loss or parameter is not" in line
+            )
             assert (root / f"delta1e+39/seed{seed}/failed.txt").read_text() == line.removeprefix("run.py: ") + "\n"
         assert f"| {algo}, δ = 1e+39 | 2 (2 failed) | 1 |" in (root.parent / "report.md").read_text(encoding="utf-8")
     for seed in (1, 2):
@@ -434,7 +465,7 @@ def test_a_loss_that_is_not_finite_stops_its_run_though_the_parameters_are(tmp_p
     with pytest.raises(SystemExit):
         train(tmp_path, "--seed", 1, 2, epochs=1)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "fomaml, seed 2: a loss or parameter is not finite after epoch 1" in error
+    assert error.count("\n") == 1 and "fomaml, seed 2, " in error and "is not finite after epoch 1" in error
     states = [tmp_path / f"cartpole-pg/fomaml/seed{seed}/checkpoint.pt" for seed in (1, 2)]
     assert states[0].exists() and not states[1].exists()
 

@@ -126,7 +126,8 @@ def as_episodes(env, trajectories):
         obs, actions, rewards = (trajectories[key][0, 0, k, :length] for key in ("obs", "actions", "rewards"))
         if not trajectories["terminated"][0, 0, k]:
             obs = torch.cat([obs, trajectories["last_obs"][0, 0, k, None]])
-        actions = actions if isinstance(env.actions, int) else envs.in_box(actions, env.actions)
+        if not isinstance(env.actions, int):
+            actions = envs.in_box(actions, *torch.tensor(env.actions))
         episodes.append((obs.numpy(), actions.numpy(), rewards.tolist()))
     return episodes
 
