@@ -52,7 +52,7 @@ HUGE = [  # more than the machine has: of bits, of memory (refused before any of
     ["--hidden", "100000", "1000000000"],
     ["--device", "cuda"],
 ]
-FOLDERS = ("out", "watch", "resume", "overwrite")  # chosen by `fuzz` itself, which knows what is on the disk
+FOLDERS = ("out", "watch", "resume", "overwrite", "like")  # chosen by `fuzz` itself, which knows what is on the disk
 SMALL = {"tasks": "2", "trajectories": "2", "horizon": "3", "hidden": "3", "epochs": "1", "eval_steps": "1"}
 SMALL |= {"workers": "0", "inner_steps": "1"}
 
