@@ -86,6 +86,15 @@ def test_config_json_alone_repeats_the_run(tmp_path):
     assert config["versions"]["torch"] == torch.__version__ and config["phi_names"] == ["gravity (m/s²)"]
 
 
+def test_like_repeats_a_run_and_other_flags_override_it(tmp_path):
+    words = ["--range", 6, 14, "--medium", 9, "--eval-range", 0, 20, "--seed", 3, "--alpha", 0.01]
+    train(tmp_path, *words, algo="directed-maml", epochs=2)
+    first, again = (tmp_path / "cartpole-pg/directed-maml/delta0.005" / seed for seed in ("seed3", "seed4"))
+    run.main(["--like", str(first), "--seed", "4", "--out", str(tmp_path), "--quiet"])
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, again)]
+    assert configs[1] == configs[0] | {"seed": 4} and len(rows(again / "log.csv")) == 2
+
+
 def test_the_settings_of_the_delta_step_are_those_of_directed_runs_alone(tmp_path):
     """What a command with both algorithms began, each algorithm's own command continues."""
     words = ["--medium", "random", "--delta-schedule", "converged"]
@@ -190,7 +199,8 @@ FLAGS = [
     (["--env", "Pendulum-v1", "--param", "l", "--range", "0", "1"], "--range: Pendulum-v1 fails at l = 0"),
     (["--env", "CartPole-v1", "--param", "masscart", "--range", "1", "2"], "give the same episode, so it is no task"),
     (["--env", "Blackjack-v1", "--param", "natural", "--range", "0", "1"], "Blackjack-v1: observations are Tuple"),
-    # a run to watch
+    # a run to repeat, and one to watch
+    (["--like", "no-such-run"], "--like no-such-run: FileNotFoundError: "),
     (["--watch", "no-such-run"], "no-such-run: there is no checkpoint.pt; name the folder of one run"),
 ]
 
