@@ -18,12 +18,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 3
+FORMAT = 4
 CHECKPOINT, PENDING, FAILED = "checkpoint.pt", "checkpoint.pt.tmp", "failed.txt"
+# fmt: off
 TABLES = {  # the CSV files, and their columns
-    "log": ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med"],
+    "log": ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med", "delta_norm",
+            "beta_norm", "delta_beta_cosine"],
     "eval": ["epoch", "phi", "step", "return"],
 }
+# fmt: on
 RUN_FILES = [CHECKPOINT, PENDING, FAILED, "log.csv", "eval.csv", "config.json"]
 TENSORS = ("theta", "alpha", "optimizer")  # what of a state is stacked when runs train together
 REMEDY = "restore it, or start again with --overwrite"

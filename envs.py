@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Real
 
 import gymnasium
@@ -35,7 +35,7 @@ def generators(seeds, *stream):
 
 @dataclass(frozen=True)
 class Env:
-    """One task family. States are arrays (B, K, D) and are observed whole; φ is not observed.
+    """One task family. States are arrays (B, K, D) and are observed whole; φ is not, but for `with_phi_observed`.
 
     dynamics: (φ (B, 1, P), noise (B, K, R) uniform in [0, 1), xp) -> the initial state, and step: (state, action) ->
         (state, reward, terminated, ended), the last three (B, K); ended: terminated, or truncated. Actions are (B, K)
@@ -55,6 +55,8 @@ class Env:
     task_dist: str = "uniform"  # ρ over Φ, one of TASK_DISTS
     draw: Callable | str | None = None  # (axes, obs so far (t, D), φ (P,)): draws the last one with matplotlib; or the
     #     id of the gymnasium environment that renders these states; None: observations against time
+
+    phi_observed: bool = False  # rollouts add φ, scaled to [−1, 1] over Φ, to the end of every observation
 
     @property
     def in_workers(self):
@@ -296,6 +298,30 @@ def make(name, names=None, bounds=None, horizon=None):
     return env if horizon is None else replace(env, horizon=horizon)
 
 
+def with_phi_observed(env):
+    """The family with φ in its observations, now D + P numbers: an oracle, the best that adaptation could do."""
+    return replace(env, obs_dim=env.obs_dim + len(env.phi_names), phi_observed=True)
+
+
+def scaled_phi(env, phi, xp=np):
+    """φ (..., P) with Φ mapped to [−1, 1]; a component with no range to 0."""
+    low, high = (constants(phi, bound, xp) for bound in (env.low, env.high))
+    return (2 * phi - low - high) / xp.where(high > low, high - low, 1.0)
+
+
+def observed_dynamics(env, phi, noise, xp):
+    """env.dynamics with `scaled_phi` at the end of every state."""
+    state, step = env.dynamics(phi, noise, xp)
+    seen = scaled_phi(env, phi, xp) + xp.zeros_like(state[..., :1])  # (B, K, P)
+    size = state.shape[-1]
+
+    def observed_step(state, action):
+        state, *rest = step(state[..., :size], action)
+        return xp.concatenate((state, seen), -1), *rest
+
+    return xp.concatenate((state, seen), -1), observed_step
+
+
 def check_bounds(argument, bounds, phi_names):
     """Raises ValueError where `bounds` is not LOW HIGH for each component of φ."""
     shown = f"`{argument}` {' '.join(f'{x:g}' for x in bounds)}"
@@ -374,12 +400,15 @@ def sample_tasks(env, generators, num_tasks):
     return low + (high - low) * TASK_DISTS[env.task_dist][0](draws)
 
 
-MEDIUM_TASKS = ("mean", "sampled", "median", "random")
+MEDIUM_TASKS = ("mean", "sampled", "median", "random", "pooled")
 
 
 def medium_task(env, medium, phi, generators):
     """φ_med (S, 1, P). medium: mean of ρ (Eq. 3), sampled: mean of the tasks `phi` (S, M, P) (Eq. 4), median: their
-    geometric median, random: a task drawn anew (the control: same cost, no direction), or the P numbers of a φ."""
+    geometric median, random: a task drawn anew (the control: same cost, no direction), or the P numbers of a φ.
+    pooled: `phi` itself (S, M, P), whose trajectories are then pooled."""
+    if medium == "pooled":
+        return phi
     if medium == "mean":
         medium = mean_task(env)
     elif medium == "sampled":
@@ -407,12 +436,21 @@ def geometric_median(points, iterations=100):
 
 
 def held_out_tasks(env, bounds=None):
-    """A fixed grid over Φ, or over `bounds` [low, high] for each component of φ, ends included: (G, P), 11 values of
-    one parameter, 5 of each of several."""
+    """A fixed grid inside Φ, or inside `bounds` [low, high] for each component of φ: (G, P).
+
+    The midpoints of 10 equal cells of one parameter, of 6 × 6 of two, of 4 each of more. An even number of cells keeps
+    the mean task, on which directed learners train, off the grid; where ρ is skewed and it is on it, two cells more.
+    """
     low, high = (env.low, env.high) if bounds is None else (bounds[::2], bounds[1::2])
-    count = 11 if len(low) == 1 else 5
-    axes = [np.linspace(*ends, count) for ends in zip(low, high, strict=True)]
+    count = {1: 10, 2: 6}.get(len(low), 4)
+    axes = [midpoints(*ends, count) for ends in zip(low, high, strict=True)]
+    if all(np.isclose(axis, mean).any() for axis, mean in zip(axes, mean_task(env), strict=True)):
+        axes = [midpoints(*ends, count + 2) for ends in zip(low, high, strict=True)]
     return torch.tensor(list(itertools.product(*axes)), dtype=torch.get_default_dtype())
+
+
+def midpoints(low, high, count):
+    return low + (high - low) * (np.arange(count) + 0.5) / count
 
 
 # --- rollouts ---
@@ -453,7 +491,8 @@ def rollout(env, act, phi, noise, xp=np):
     def flat(x):
         return x.reshape(-1, *x.shape[2:])  # (B, ...)
 
-    state, step = env.dynamics(flat(phi)[:, None], flat(noise["reset"]), xp)
+    dynamics = partial(observed_dynamics, env) if env.phi_observed else env.dynamics
+    state, step = dynamics(flat(phi)[:, None], flat(noise["reset"]), xp)
     box = [] if isinstance(env.actions, int) else [constants(state, bound, xp) for bound in env.actions]
     over = xp.zeros_like(state[..., 0], dtype=bool)
     steps, action_noise = [], flat(noise["action"])  # a (state, action, reward, terminated, over before) for each t

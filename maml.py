@@ -117,13 +117,15 @@ def maml(theta, task_loss, alpha, num_tasks, inner_steps=1, second_order=True):
 def reptile(theta, task_loss, alpha, num_tasks, inner_steps=5):
     """The Reptile direction θ − meanᵢ θ'ᵢ (Nichol et al. 2018), no query batch; fills `.grad` of theta.
 
-    An SGD step of size ε then is θ ← θ + ε meanᵢ(θ'ᵢ − θ). Raises ValueError for inner_steps=0: θ would not move.
+    An SGD step of size ε then is θ ← θ + ε meanᵢ(θ'ᵢ − θ). Returns θ' (S, M, ...), on which it takes no loss, detached.
+    Raises ValueError for inner_steps=0: θ would not move.
     """
     if inner_steps == 0:
         raise ValueError("reptile: inner_steps is 0, and it moves by inner steps alone; use maml for joint training")
     adapted = adapt(expand(theta, num_tasks), task_loss, alpha, inner_steps, second_order=False)
     for name, p in theta.items():
         p.grad = (p - adapted[name].mean(dim=1, keepdim=True)).detach()
+    return {name: p.detach() for name, p in adapted.items()}
 
 
 def learned_alpha(theta, alpha):

@@ -37,14 +37,15 @@ def open_sampler(env, head, device, workers):
     gymnasium's environments step in so many worker processes (0: in this one), which live as long as the context.
     Raises ProcessError.
     """
+    make_act = partial(policies.actor, head=head)
     if device == "cuda" and not env.in_workers:
-        yield CapturedRollout(env, partial(policies.actor, head=head, xp=torch))
+        yield CapturedRollout(env, partial(make_act, xp=torch))
     elif not env.in_workers:
-        yield partial(with_numpy, partial(rollout_here, env, head))
+        yield partial(with_numpy, partial(rollout_here, env, make_act))
     elif workers == 0:
-        yield partial(with_numpy, partial(rollout_of_stranger, env, head))
+        yield partial(with_numpy, partial(rollout_of_stranger, env, make_act))
     else:
-        with Workers(env, head, workers) as processes:
+        with Workers(env, make_act, workers) as processes:
             yield partial(with_numpy, processes.rollout)
 
 
@@ -55,14 +56,14 @@ def with_numpy(rollout, params, phi, noise):
     return {key: torch.from_numpy(x).to(home) for key, x in rollout(params, phi.numpy(), noise).items()}
 
 
-def rollout_here(env, head, params, phi, noise):
-    return envs.rollout(env, policies.actor(params, head), phi, noise)
+def rollout_here(env, make_act, params, phi, noise):
+    return envs.rollout(env, make_act(params), phi, noise)
 
 
-def rollout_of_stranger(env, head, params, phi, noise):
+def rollout_of_stranger(env, make_act, params, phi, noise):
     """As `rollout_here`; whatever an environment that is not ours raises is a ProcessError."""
     try:
-        return rollout_here(env, head, params, phi, noise)
+        return rollout_here(env, make_act, params, phi, noise)
     except Exception as error:
         raise ProcessError(f"the environment failed: {envs.first_line(error)}") from error
 
@@ -190,12 +191,12 @@ class Workers:
     zeros: its matrix products have one shape, hence one rounding, however many workers there are.
     """
 
-    def __init__(self, env, head, count):
+    def __init__(self, env, make_act, count):
         self.count, self.pipes, self.processes = count, [], []
         with signals_blocked():
             for index in range(count):
                 pipe, end = context().Pipe()
-                process = context().Process(target=serve, args=(end, env, head, index, count), daemon=True)
+                process = context().Process(target=serve, args=(end, env, make_act, index, count), daemon=True)
                 self.pipes.append(pipe)
                 self.processes.append(process)
                 process.start()
@@ -235,7 +236,7 @@ class Workers:
         self.close()
 
 
-def serve(pipe, env, head, index, count):
+def serve(pipe, env, make_act, index, count):
     """What a sampling worker runs: answers (params, phi, noise) with its trajectories (n, ...), {} where it has none,
     or a ProcessError, until the main process ends."""
     end_with_parent()
@@ -248,7 +249,7 @@ def serve(pipe, env, head, index, count):
             try:
                 answer = {}
                 if index < noise["reset"][..., 0].size:
-                    trajectories = rollout_here(env, head, params, phi, noise)
+                    trajectories = rollout_here(env, make_act, params, phi, noise)
                     answer = {key: x.reshape(-1, *x.shape[3:])[own] for key, x in trajectories.items()}
             except Exception as error:
                 answer = ProcessError(f"the environment failed in a sampling worker: {envs.first_line(error)}")
@@ -393,10 +394,11 @@ class Ranks:
 
         def shared_meta_learner(theta, task_loss, alpha, num_tasks):
             self.take_from_first(list(theta.values()))  # after a δ-step, whose rounding may differ between machines
-            meta_learner(theta, task_loss, alpha, num_tasks // self.count)
+            returned = meta_learner(theta, task_loss, alpha, num_tasks // self.count)
             self.sum([p.grad for p in learned])
             for p in learned:
                 p.grad /= self.count if average else 1
+            return returned
 
         return meta_learner if self.count == 1 else shared_meta_learner
 

@@ -34,7 +34,7 @@ def init(obs_dim, head, generators, hidden=(64, 64), critic=False):
     """θ: a dict of leaves (S, 1, ...) for S = len(generators) runs; `critic` adds V(s) as a second MLP."""
     theta = init_mlp("policy", [obs_dim, *hidden, head.size], generators)
     if isinstance(head, Gaussian):
-        theta["policy.log_std"] = torch.zeros(len(generators), 1, 1, head.size)
+        theta["policy.raw_std"] = torch.zeros(len(generators), 1, 1, head.size)
     if critic:
         theta |= init_mlp("critic", [obs_dim, *hidden, 1], generators)
     return {name: p.requires_grad_() for name, p in theta.items()}
@@ -96,25 +96,29 @@ class Gaussian:
     """Actions in a box, scaled to [−1, 1] per dimension: N(mean(s), σ²), σ learned and the same in every state.
 
     Actions and noise are (B, N, size). The environment clips what falls outside the box; the density is that of the
-    action before clipping, so the policy gradient stays exact. σ begins at 1 and never acts smaller than `min_std`:
-    the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when σ shrinks further.
+    action before clipping, so ∇ log π is exact.
+    σ = m + x + √(x² + (1 − m)²) of a learned x, where m is `min_std`: at x = 0 it is 1 with slope 1, like exp(x). It
+    stays above m because the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when σ shrinks
+    further. Near m the slope falls as 1/x² only, so σ never freezes there, as it would if it were clipped. A square
+    root has the same bits in numpy and torch, and in any batch.
     """
 
     def __init__(self, size, min_std=0.5):
         self.size = size
         self.min_std = min_std
 
-    def log_std(self, params, xp=torch):  # (B, 1, size)
-        log_std = params["policy.log_std"]
-        return xp.clip(log_std.reshape(-1, *log_std.shape[2:]), math.log(self.min_std), None)
+    def std(self, params, xp=torch):  # (B, 1, size)
+        x = params["policy.raw_std"]
+        x = x.reshape(-1, *x.shape[2:])
+        return self.min_std + x + xp.sqrt(x * x + (1 - self.min_std) ** 2)
 
     def sample(self, params, outputs, noise, xp=torch):
-        return outputs + xp.exp(self.log_std(params, xp)) * noise
+        return outputs + self.std(params, xp) * noise
 
     def log_prob(self, params, outputs, actions):
-        log_std = self.log_std(params)
-        z = (actions - outputs) * (-log_std).exp()
-        return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        std = self.std(params)
+        z = (actions - outputs) / std
+        return (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def make_head(actions):
@@ -147,30 +151,79 @@ def discounted_sums(x, discount):
     return x @ torch.where(ahead >= 0, float(discount) ** ahead.clamp(min=0).to(x), 0.0)
 
 
-def whiten(x, mask, baseline="task"):
-    """Zero mean and unit variance over the valid steps of each task (S, M); padding becomes 0.
+def whiten(x, mask, baseline="task", obs=None):
+    """x (S, M, K, H) less a baseline, over the standard deviation of that on the valid steps of each task; padding
+    becomes 0. The result is held constant in every derivative, so no estimator's Hessian is exact under whitening.
 
-    baseline "step" takes from every step its own mean over the K trajectories first: rewards to go shrink as time
-    runs out whatever the policy does, and that trend then is no longer taken for good and bad actions.
+    task: the task's mean. step: each time step's mean over the K trajectories first: rewards to go shrink as time runs
+    out whatever the policy does, and that trend then is no longer taken for good and bad actions. Both means include
+    the trajectory that they are subtracted from, so the expected gradient (before the division) is a little short:
+    by 1/K exactly under "step"; under "task" by a reward-weighted share of 1/K (left: about 0.97 at K = 10, 0.8 at 2).
+    linear: `linear_baseline` of obs (S, M, K, H, D), which leaves the trajectory out: no such factor, so no mean is
+    subtracted after it.
+    Raises ValueError for K = 1 under "step" and "linear".
     """
+    if baseline != "task" and x.shape[2] == 1:
+        raise ValueError(f"baseline {baseline!r} compares trajectories of a task, and there is one; give 2 or more")
     mask = mask.to(x)
     if baseline == "step":
         x = x - (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
     count = mask.sum((2, 3), keepdim=True).clamp(min=1)
-    centred = (x - (x * mask).sum((2, 3), keepdim=True) / count) * mask
+    if baseline == "linear":
+        centred = (x - linear_baseline(x, mask, obs)) * mask
+    else:
+        centred = (x - (x * mask).sum((2, 3), keepdim=True) / count) * mask
     std = (centred.square().sum((2, 3), keepdim=True) / count).sqrt()
     return centred / (std + 1e-8)
 
 
+def linear_baseline(x, mask, obs, ridge=1e-5):
+    """b(s, t), the least-squares fit to x on (s, s², t/H, (t/H)², (t/H)³, 1) of Duan et al. 2016: (S, M, K, H).
+
+    For each trajectory it is fitted to the task's other K − 1: a fit to its own actions' returns would take part of
+    the gradient away. Observations are clipped to ±10, as usual there, and predictions to the range of what was fitted,
+    since a cubic in t runs away behind the others' ends. In float64: these features are nearly collinear.
+    """
+    num_trajectories, horizon = x.shape[2:]
+    time = (torch.arange(horizon, device=x.device) / horizon).to(x).expand_as(x)
+    obs = obs.clamp(-10, 10)
+    features = torch.cat([obs, obs**2, torch.stack([time, time**2, time**3, torch.ones_like(x)], -1)], -1)
+    features = features.double() * mask.unsqueeze(-1)  # (S, M, K, H, F)
+    products, targets = features.mT @ features, features.mT @ x.double().unsqueeze(-1)  # (S, M, K, F, F), (.., F, 1)
+    products, targets = (y.sum(2, keepdim=True) - y for y in (products, targets))  # of the others
+    products = products + ridge * torch.eye(features.shape[-1]).to(products)
+    weights = torch.linalg.solve_ex(products, targets).result  # solve would end all runs where one is not finite
+    own = torch.eye(num_trajectories, dtype=torch.bool, device=x.device)
+    low, high = (
+        (sign * torch.where(mask > 0, sign * x, math.inf).amin(3)).unsqueeze(2).masked_fill(own, sign * math.inf)
+        for sign in (1, -1)
+    )  # (S, M, K, K): of each trajectory's others
+    predictions = (features @ weights).squeeze(-1).to(x)
+    return predictions.clamp(low.amin(3).unsqueeze(-1), high.amax(3).unsqueeze(-1))
+
+
+def weigh(x, trajectories, advantages, baseline, gamma):
+    """The advantages by which log-probabilities are weighed, from returns to go (or GAE) x (S, M, K, H).
+
+    whitened: see `whiten`; γᵗ is dropped, as is usual. raw: γᵗ x; of returns to go this gives an unbiased gradient of
+    J = E Σₜ γᵗ rₜ (Eq. 1b).
+    """
+    mask = trajectories["mask"]
+    if advantages == "raw":
+        return x * mask * gamma ** torch.arange(x.shape[3], device=x.device).to(x)
+    return whiten(x, mask, baseline, trajectories["obs"])
+
+
 def surrogate(log_probs, advantages, mask, estimator):
-    """A loss (S, M) whose gradient is the policy gradient −∇J: time summed, trajectories averaged.
+    """A loss (S, M) whose gradient is the policy gradient −Σₜ Aₜ ∇log πₜ: time summed, trajectories averaged.
 
     log_probs, advantages, mask: (S, M, K, H). The estimators share that gradient and differ in their Hessian, which
     second-order meta-gradients need:
     naive: log π · A drops the ∇log π ∇log πᵀ terms: wrong Hessian, kept to compare with other codebases.
     lvc:   π/stop(π) · A has those of a single step: low variance, small bias (Rothfuss et al. 2018).
-    dice:  also those of steps before: unbiased, highest variance (Foerster et al. 2018, in the causal form
-           Σₜ Aₜ (□_{≤t} − □_{<t}) of Farquhar et al. 2019, where □ = Π π/stop(π)).
+    dice:  also those of steps before: with raw advantages the exact Hessian in expectation, highest variance (Foerster
+           et al. 2018, in the causal form Σₜ Aₜ (□_{≤t} − □_{<t}) of Farquhar et al. 2019, where □ = Π π/stop(π)).
+    Whitened advantages depend on θ too, through the baseline and σ, and are held constant: no Hessian is exact then.
     """
     log_probs = log_probs * mask
     if estimator == "naive":
@@ -186,17 +239,19 @@ def surrogate(log_probs, advantages, mask, estimator):
 
 
 ESTIMATORS = ("naive", "lvc", "dice")
-BASELINES = ("task", "step")
+BASELINES = ("task", "step", "linear")
+ADVANTAGES = ("whitened", "raw")
 
 
 # --- the losses: params, trajectories -> (S, M) ---
 
 
-def pg(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=None):
-    """Policy gradient: rewards to go, whitened per task, summed over time, averaged over trajectories."""
+def pg(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=None, advantages="whitened"):
+    """Policy gradient: rewards to go as advantages, summed over time, averaged over trajectories."""
     mask = trajectories["mask"]
     returns_to_go = discounted_sums(trajectories["rewards"] * mask, gamma)
-    return surrogate(log_probs(params, trajectories, head), whiten(returns_to_go, mask, baseline), mask, estimator)
+    weights = weigh(returns_to_go, trajectories, advantages, baseline, gamma)
+    return surrogate(log_probs(params, trajectories, head), weights, mask, estimator)
 
 
 def gae(rewards, values, next_values, mask, gamma, gae_lambda):
@@ -204,8 +259,8 @@ def gae(rewards, values, next_values, mask, gamma, gae_lambda):
     return discounted_sums((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
-def ac(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=0.95):
-    """Actor-critic: whitened GAE(λ) advantages, plus ½ the critic's mean squared error to its λ-returns.
+def ac(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=0.95, advantages="whitened"):
+    """Actor-critic: GAE(λ) as advantages, plus ½ the critic's mean squared error to its λ-returns.
 
     A terminated episode is worth nothing from there on; a truncated one is worth V of its last observation.
     """
@@ -217,14 +272,13 @@ def ac(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda
         next_values = torch.cat([values[..., 1:], last_value], -1)
         is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
         next_values = torch.where(is_last, last_value, next_values)
-        advantages = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
-        targets = advantages + values
+        estimates = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
+        targets = estimates + values
     count = mask.sum((2, 3)).clamp(min=1)
     value_loss = 0.5 * ((values - targets).square() * mask).sum((2, 3)) / count
-    return (
-        surrogate(log_probs(params, trajectories, head), whiten(advantages, mask, baseline), mask, estimator)
-        + value_loss
-    )
+    weights = weigh(estimates, trajectories, advantages, baseline, gamma)
+    return surrogate(log_probs(params, trajectories, head), weights, mask, estimator) + value_loss
 
 
 LOSSES = {"pg": pg, "ac": ac}
+OPTIONS = ("gamma", "estimator", "baseline", "gae_lambda", "advantages")  # of both

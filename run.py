@@ -49,6 +49,7 @@ def main(argv=None):
         if args.watch is not None:
             return print(trained.watch(args.watch, args.phi, args.env))
         check_ranks(args, ranks)
+        torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
         check_memory(args, env)
         runs = [run for algo in args.algo for run in plan(args, algo, env)]
@@ -140,39 +141,55 @@ def train_epoch(batch):
     losses = [TaskLoss(batch, phi, rng, batch.ranks.tasks)]
     if medium is not None:
         phi_med = envs.medium_task(batch.env, medium, phi, medium_rng)  # line 1: (S, 1, P)
-        losses.insert(0, TaskLoss(batch, phi_med, medium_rng))
+        losses.insert(0, TaskLoss(batch, phi_med, medium_rng, pooled=medium == "pooled"))
         batch.delta.copy_(scheduled_delta(batch))
-    batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks)  # lines 4, 5: directed.py; 7 to 11: maml.py
+    start = batch.position()
+    adapted = batch.meta_learner(
+        batch.theta, *losses, batch.alpha, num_tasks
+    )  # lines 4, 5: directed.py; 7 to 11: maml.py
+    between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
+    batch.moves = between - start, batch.position() - between
     batch.epoch += 1
+    losses[-1].unmeasured = adapted
     return losses
 
 
 class TaskLoss:
     """task_loss(params) -> (S, M): K fresh trajectories of each task φ (S, M, P) under params, and the loss on them.
+    pooled: (S, 1), K trajectories in all, K / M of each, as one task whose φ differs from episode to episode.
 
     Of the M tasks it takes its `own` alone, with the noise that they have in any company. Keeps the mean undiscounted
     return (S, M) of every call, and sums up env steps (S,) and seconds of sampling; finite: every loss of a run was
     (S,)."""
 
-    def __init__(self, batch, phi, generators, own=slice(None)):
+    def __init__(self, batch, phi, generators, own=slice(None), pooled=False):
         self.env, self.sample, self.phi, self.generators, self.own = batch.env, batch.sample, phi, generators, own
-        self.num_trajectories = batch.settings["trajectories"]
-        options = {key: batch.settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
+        self.num_trajectories, self.pooled = batch.settings["trajectories"] // (phi.shape[1] if pooled else 1), pooled
+        options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
         self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
+        self.unmeasured = None  # parameters whose return is still to be logged, at no cost to the training
 
     def __call__(self, params):
         start = time.perf_counter()
-        noise = envs.draw_noise(self.env, self.generators, self.phi.shape[1], self.num_trajectories)
-        noise = {key: x[:, self.own] for key, x in noise.items()}
-        trajectories = self.sample(params, self.phi[:, self.own], noise)
-        self.returns.append(trajectories["rewards"].sum(3).mean(2))
+        trajectories = self.draw(params)
         self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
         self.seconds += time.perf_counter() - start
         loss = self.loss(params, trajectories)
         self.finite = self.finite & loss.detach().isfinite().all(1)
         return loss
+
+    def draw(self, params):
+        """Fresh trajectories, whose returns are kept; their env steps and seconds are for the caller to count."""
+        noise = envs.draw_noise(self.env, self.generators, self.phi.shape[1], self.num_trajectories)
+        noise = {key: x[:, self.own] for key, x in noise.items()}
+        policy = maml.expand(params, self.phi.shape[1]) if self.pooled else params
+        trajectories = self.sample(policy, self.phi[:, self.own], noise)
+        if self.pooled:
+            trajectories = {key: x.flatten(1, 2).unsqueeze(1) for key, x in trajectories.items()}  # (S, 1, K, ...)
+        self.returns.append(trajectories["rewards"].sum(3).mean(2))
+        return trajectories
 
 
 def scheduled_delta(batch):
@@ -187,11 +204,16 @@ def log_epoch(batch, losses, seconds):
     """Add the epoch to every run's totals and log; returns for each run whether its losses and parameters are
     finite."""
     *_, task_loss = losses
+    if task_loss.unmeasured is not None:
+        # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
+        # its own. They are no training: neither env steps nor seconds count them (one rollout beside five).
+        task_loss.draw(task_loss.unmeasured)
     pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in (0, -1))  # (S,) each
     steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
     batch.ranks.sum([pre, post, steps, broken])  # a rank knows its own tasks' alone, but the whole medium task
     steps = steps + sum(loss.env_steps for loss in losses[:-1])
     med = losses[0].returns[0].mean(1).tolist() if len(losses) > 1 else [None] * len(batch.runs)
+    norms = step_norms(batch)
     share = 1 / len(batch.runs)  # runs of a batch share its time evenly
     for i, run in enumerate(batch.runs):
         totals, threshold = run.state["totals"], run.settings["threshold"]
@@ -202,10 +224,21 @@ def log_epoch(batch, losses, seconds):
         totals["converged"] |= threshold is not None and totals["smoothed"] > threshold
         times = [totals[key] for key in ("env_steps", "seconds", "sample_seconds")]
         run.state["epoch"] = batch.epoch
-        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i]]])
+        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i], *norms[i]]])
     finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in batch.learned]
     finite += [broken == 0, *(loss.finite.cpu() for loss in losses[:-1])]
     return torch.stack(finite).all(0).tolist()
+
+
+def step_norms(batch):
+    """How far the δ-step and the β-step moved θ, and the cosine between the two: three numbers for each run, None for
+    what there is not."""
+    moves = [move.double() for move in batch.moves]
+    delta, beta = ((move * move).sum(1).sqrt().tolist() for move in moves)
+    product = (moves[0] * moves[1]).sum(1).tolist()
+    if batch.settings["medium"] is None:
+        return [[None, b, None] for b in beta]
+    return [[d, b, p / (d * b) if d * b else None] for d, b, p in zip(delta, beta, product, strict=True)]
 
 
 def evaluate(batch):
@@ -218,7 +251,7 @@ def evaluate(batch):
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
-        adapted = maml.adapt(theta, task_loss, batch.alpha, num_steps, second_order=False)
+        adapted = maml.adapt(theta, task_loss, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
     ranks.sum([returns])
@@ -232,11 +265,8 @@ def evaluate(batch):
 
 def fail(batch, run):
     """Mark a run as failed; returns the line that says so."""
-    own = [f"{x} {run.settings[x]:g}" for x in ("seed", "alpha", "beta", "delta") if run.settings[x] is not None]
-    line = (
-        f"{run.settings['algo']}, {', '.join(own)}: a loss or parameter is not finite after epoch {batch.epoch}; "
-        "try a smaller --beta, --alpha or --delta"
-    )
+    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epoch}; "
+    line += "try a smaller --beta, --alpha or --delta"
     if batch.ranks.rank == 0:
         checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
     return line
@@ -257,9 +287,12 @@ class Batch:
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
         sizes = {
             name: torch.tensor([run.settings[name] or 0.0 for run in runs], dtype=torch.float64, device=device)
-            for name in ("alpha", "beta", "beta_alpha")
+            for name in ("alpha", "beta", "beta_alpha", "eval_alpha")
         }
         self.alpha = learned_alpha or sizes["alpha"][:, None]  # (S, 1), or (S, 1, ...) each
+        self.eval_alpha = (
+            learned_alpha or torch.where(sizes["eval_alpha"] > 0, sizes["eval_alpha"], sizes["alpha"])[:, None]
+        )
         self.learned = [*self.theta.values(), *learned_alpha.values()]
         step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
         self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
@@ -277,6 +310,10 @@ class Batch:
         self.update_states()
         runs = [run for run, keep in zip(self.runs, kept, strict=True) if keep]
         return Batch(runs, self.env, self.head, self.sample, self.device, self.ranks) if runs else None
+
+    def position(self):
+        """All of θ, a vector for each run: (S, N)."""
+        return torch.cat([p.detach().flatten(1) for p in self.theta.values()], 1)
 
     def update_states(self):
         state = self.optimizer.state
@@ -413,9 +450,12 @@ NEEDS = {
     "the algorithm meta-sgd or directed-meta-sgd": lambda args, algo: algo.endswith("meta-sgd"),
     "--rl ac": lambda args, algo: args.rl == "ac",
     "--watch RUN": lambda args, algo: args.watch is not None,
+    "--advantages whitened": lambda args, algo: args.advantages != "raw",
+    "--inner-steps 1 or more": lambda args, algo: args.inner_steps != 0,
+    "an algorithm whose α is not learned": lambda args, algo: not algo.endswith("meta-sgd"),
 }
 SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
-DIRECTED, META_SGD, ACTOR_CRITIC, WATCH = NEEDS
+DIRECTED, META_SGD, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA = NEEDS
 count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
@@ -426,6 +466,8 @@ SETTINGS = {
         Setting("task_dist", "ρ over Φ: uniform; bimodal: its lowest and highest fifth; skewed: most near LOW",
                 "bimodal", default="uniform", choices=tuple(envs.TASK_DISTS)),
         Setting("horizon", "H, time steps of an episode at most", "100", count, shown="gymnasium's"),
+        Setting("oracle", "φ, scaled to [−1, 1] over Φ, is part of the observation: the best that adaptation could do",
+                type=bool),
         Setting("threshold", "mean return from which a run counts as converged", "175", number(float), None, "none",
                 identity=False),
     ],
@@ -435,17 +477,19 @@ SETTINGS = {
         Setting("rl", "pg: policy gradient; ac: actor-critic", "ac", default="pg", choices=tuple(policies.LOSSES)),
         Setting("seed", "one or several, all trained at once; 1-10 is ten", "1 2 3 4 5", seeds, 1, nargs="+"),
         Setting("epochs", "E", "1000", count, 500, identity=False),
-        Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories", "3", count, 1),
+        Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories; 0: joint training, the "
+                "control without adaptation", "3", number(int, 0, 10**9), 1),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
-                "median (geometric); random: another random task each epoch (the control); or a φ", "sampled",
+                "median (geometric); random: another random task each epoch (the control); pooled: the epoch's own M "
+                "tasks, K / M trajectories of each (the other control); or a φ", "sampled",
                 default=("mean",), nargs="+", needs=DIRECTED),
         Setting("optimizer", "of the β-step; the δ-step is always plain", "adam", default="sgd",
                 choices=tuple(OPTIMIZERS)),
         Setting("hidden", "widths of the tanh layers", "100 100", count, (64, 64), nargs="+"),
     ],
     "step sizes": [
-        Setting("alpha", "inner step size α, one or several", "0.01", step_size, 0.001,
-                nargs="+"),
+        Setting("alpha", "inner step size α, one or several; 0: joint training with MAML's sampling", "0.01", size,
+                0.001, nargs="+", needs=ADAPTING),
         Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+"),
         Setting("delta", "δ, one or several, all trained at once", "0 0.001 0.005", size, 0.005, nargs="+",
                 needs=DIRECTED),
@@ -462,12 +506,17 @@ SETTINGS = {
                 needs=ACTOR_CRITIC),
         Setting("estimator", "of the meta-gradient's second-order terms", "dice", default="lvc",
                 choices=policies.ESTIMATORS),
-        Setting("baseline", "what is subtracted from the advantages: each task's mean, or each time step's", "step",
-                default="task", choices=policies.BASELINES),
+        Setting("advantages", "whitened: divided by their standard deviation, γᵗ dropped; raw: Eq. 1b and 2a to the "
+                "letter, with γᵗ and without a baseline", "raw", default="whitened", choices=policies.ADVANTAGES),
+        Setting("baseline", "what is subtracted from the advantages: each task's mean, each time step's, or linear: a "
+                "least-squares fit on observation and time (Duan et al. 2016)", "step", default="task",
+                choices=policies.BASELINES, needs=WHITENED),
     ],
     "evaluation": [
         Setting("eval_every", "epochs between evaluations on held-out tasks", "10", count, 50, identity=False),
         Setting("eval_steps", "evaluate after 0, 1, .. this many inner steps", "1", count, 3),
+        Setting("eval_alpha", "α of the evaluation's inner steps", "0.001", step_size, None,
+                "α, or the family's default α without one", needs=FIXED_ALPHA),
         Setting("eval_range", "the held-out tasks' range, LOW HIGH for each component of φ", "0 20", number(float),
                 None, "Φ", "+"),
         Setting("watch", "show one episode of that run's policy, adapted to a task: a GIF in its folder, and a window "
@@ -567,12 +616,11 @@ def words_of(folder):
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        given = {
-            x: config[x.name] for x in ALL_SETTINGS.values() if x.name != "device" and config.get(x.name) is not None
-        }
+        names = [name for name in ALL_SETTINGS if name != "device" and config.get(name) is not None]
+        given = {ALL_SETTINGS[name]: config[name] for name in names if config[name] is not False}
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
-    values = {setting: value if isinstance(value, list) else [value] for setting, value in given.items()}
+    values = {x: [] if value is True else value if isinstance(value, list) else [value] for x, value in given.items()}
     return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
 
 
@@ -633,7 +681,8 @@ def make_env(args):
             setattr(args, name, default_of(ALL_SETTINGS[name], env))
     if args.delta_schedule == "converged" and args.threshold is None:
         raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
-    return replace(env, task_dist=args.task_dist or env.task_dist)
+    env = replace(env, task_dist=args.task_dist or env.task_dist)
+    return envs.with_phi_observed(env) if args.oracle else env
 
 
 def plan(args, algo, env):
@@ -654,6 +703,9 @@ def plan(args, algo, env):
     runs = []
     for values in itertools.product(*swept.values()):
         own = settings | dict(zip(swept, values, strict=True))
+        if not (own["alpha"] or own["eval_alpha"] or algo.endswith("meta-sgd")):
+            own["eval_alpha"] = default_of(ALL_SETTINGS["alpha"], env, algo)
+        check_settings(own, args.beta_alpha)
         if algo.endswith("meta-sgd") and args.beta_alpha is None:
             # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
             own["beta_alpha"] = own["alpha"] * own["beta"]
@@ -661,6 +713,24 @@ def plan(args, algo, env):
         names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
         runs.append(Run(folder_of_all(args) / algo / "/".join(names), own, first_state(own, env)))
     return runs
+
+
+def check_settings(settings, beta_alpha):
+    """Reject settings under which a run would train nothing, or that do not fit together."""
+    algo, baseline, trajectories = settings["algo"], settings["baseline"], settings["trajectories"]
+    if settings["medium"] == "pooled" and trajectories % settings["tasks"]:
+        tasks = f"--tasks {settings['tasks']}"
+        raise RunError(
+            f"--medium pooled: --trajectories {trajectories} is not a multiple of {tasks}; give one that is", 2
+        )
+    if settings["inner_steps"] == 0 and algo.endswith(("reptile", "meta-sgd")):
+        raise RunError(f"--inner-steps 0: {algo} learns from inner steps; for joint training give --algo maml", 2)
+    if settings["alpha"] == 0 and (algo.endswith("reptile") or (algo.endswith("meta-sgd") and beta_alpha is None)):
+        remedy = "--alpha above 0" + (", or --beta-alpha" if algo.endswith("meta-sgd") else "")
+        raise RunError(f"--alpha 0: {algo} would never take an inner step; give {remedy}", 2)
+    if trajectories == 1 and baseline in ("step", "linear"):
+        remedy = "give --trajectories 2 or more, or --baseline task"
+        raise RunError(f"--trajectories 1: --baseline {baseline} compares trajectories of a task; {remedy}", 2)
 
 
 def folder_of_all(args):
@@ -720,10 +790,9 @@ def check_ranks(args, ranks):
     own = {key: value for key, value in vars(args).items() if key not in ("workers", "threads", "quiet")}
     for key, value in ranks.object_from_first(lambda: own).items():
         if own[key] != value:
-            flag = ALL_SETTINGS[key].flag
-            raise RunError(
-                f"{flag}: {own[key]} on rank {ranks.rank}, {value} on rank 0; start all with the same command", 2
-            )
+            mine, first = (" ".join(map(str, x)) if isinstance(x, list) else x for x in (own[key], value))
+            line = f"{ALL_SETTINGS[key].flag}: {mine} on rank {ranks.rank}, {first} on rank 0"
+            raise RunError(f"{line}; start all with the same command", 2)
 
 
 # --- what the user sees ---
@@ -769,7 +838,7 @@ class Progress:
 
 def finish(failures, args):
     """Say which runs failed, and rewrite the report."""
-    for line in failures:
+    for line in sorted(failures):
         print(f"run.py: {line}", file=sys.stderr)
     root = folder_of_all(args)
     with checkpoints.locked(root, wait=True):  # another command may end just now

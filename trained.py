@@ -31,6 +31,7 @@ def load(folder, trusted_env=None):
     """The `Policy` of a run's folder as of its last checkpoint, not adapted to any task.
 
     trusted_env: must be the run's environment where that is `module:id`, since making it runs the module's code.
+    A run with --oracle observes φ: give `act` D + P numbers, with envs.scaled_phi(policy.env, φ) at the end.
     Raises RunError, one line, for a folder without a checkpoint and for one that is damaged.
     """
     path = Path(folder) / checkpoints.CHECKPOINT
@@ -46,9 +47,11 @@ def load(folder, trusted_env=None):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ValueError(f"{key} is {settings[key]!r}")
         env = envs.make(name, settings["param"], settings["range"], settings["horizon"])
-        policy = Policy(env, settings, state["theta"], state["alpha"] or float(settings["alpha"]))
+        env = envs.with_phi_observed(env) if settings["oracle"] else env
+        alpha = state["alpha"] or float(settings["eval_alpha"] or settings["alpha"])
+        policy = Policy(env, settings, state["theta"], alpha)
         obs = np.zeros((2, env.obs_dim))
-        policy.adapt(episodes=[[(obs, [policy.act(obs[0])], [0.0])]])  # a θ, α or loss of another kind fails here
+        policy.adapt(episodes=[[(obs, [policy.act(obs[0])], [0.0])] * 2])  # a θ, α or loss of another kind fails here
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise RunError(
             f"{path}: its settings or parameters are not those of a run ({envs.first_line(error)})"
@@ -65,6 +68,11 @@ class Policy:
     theta: dict
     alpha: dict | float
     rng: np.random.Generator = field(default_factory=np.random.default_rng)  # of stochastic actions
+
+    @property
+    def inner_steps(self):
+        """The run's, and 1 after joint training, which took none."""
+        return self.settings["inner_steps"] or 1
 
     @property
     def head(self):
@@ -97,7 +105,7 @@ class Policy:
             raise ValueError("adapt: give either phi or episodes")
         if episodes is None:
             draw = partial(self.sample, self.check_phi(phi), envs.generators([seed], WATCH))
-            steps = self.settings["inner_steps"] if steps is None else steps
+            steps = self.inner_steps if steps is None else steps
         else:
             parts = iter([self.trajectories(part) for part in episodes])
             draw = lambda params: next(parts)  # noqa: E731
@@ -118,10 +126,11 @@ class Policy:
     def sample(self, phi, rng, params, num_trajectories=None):
         """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""
         noise = envs.draw_noise(self.env, rng, 1, num_trajectories or self.settings["trajectories"])
-        return parallel.with_numpy(partial(parallel.rollout_here, self.env, self.head), params, phi, noise)
+        rollout = partial(parallel.rollout_here, self.env, partial(policies.actor, head=self.head))
+        return parallel.with_numpy(rollout, params, phi, noise)
 
     def loss(self, params, trajectories):
-        options = {key: self.settings[key] for key in ("gamma", "estimator", "baseline", "gae_lambda")}
+        options = {key: self.settings[key] for key in policies.OPTIONS}
         return policies.LOSSES[self.settings["rl"]](params, trajectories, head=self.head, **options)
 
     def trajectories(self, episodes):
@@ -187,12 +196,15 @@ def watch(folder, phi=None, trusted_env=None):
     path = Path(folder) / f"watch-{'_'.join(f'{x:g}' for x in phi.flatten().tolist())}.gif"
     checkpoints.write_atomically(path, animation.getvalue())
     length, total = int(episode["mask"].sum()), float(episode["rewards"].sum())
-    return f"{length} steps, return {total:.4g} after {policy.settings['inner_steps']} inner step(s); wrote {path}"
+    return f"{length} steps, return {total:.4g} after {policy.inner_steps} inner step(s); wrote {path}"
 
 
 def frames(env, phi, noise, episode):
     """The episode (S = M = K = 1) as pictures (height, width, 3): as gymnasium renders it, or as the family's
     `draw`."""
+    if env.phi_observed:
+        state = env.obs_dim - len(env.phi_names)
+        episode = episode | {key: episode[key][..., :state] for key in ("obs", "last_obs")}
     if not (isinstance(env.draw, str) or env.in_workers):
         return draw_frames(env, phi, episode)
     windows = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ

@@ -52,7 +52,7 @@ HUGE = [  # more than the machine has: of bits, of memory (refused before any of
     ["--hidden", "100000", "1000000000"],
     ["--device", "cuda"],
 ]
-FOLDERS = ("out", "watch", "resume", "overwrite", "like")  # chosen by `fuzz` itself, which knows what is on the disk
+FOLDERS = ("out", "watch", "like", "resume", "overwrite")  # chosen by `fuzz` itself, which knows what is on the disk
 SMALL = {"tasks": "2", "trajectories": "2", "horizon": "3", "hidden": "3", "epochs": "1", "eval_steps": "1"}
 SMALL |= {"workers": "0", "inner_steps": "1"}
 
@@ -103,6 +103,13 @@ def right_line(rng):
         elif setting.name in SMALL:
             line[setting.name] = [SMALL[setting.name]]
         args.rl = line.get("rl", ["pg"])[0]
+    if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
+        line["inner_steps"] = ["1"]
+    if line["trajectories"] == ["1"]:  # too few for most baselines
+        line["trajectories"] = ["2"]
+    if line.get("medium") == ["pooled"]:  # K a multiple of M
+        line |= {"tasks": ["1"]}
+    args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
     for setting in chosen:  # a flag that does nothing is an error
         needed = run.NEEDS.get(setting.needs)
         if needed and not any(needed(args, algo) for algo in line["algo"]):
@@ -162,7 +169,6 @@ def command(words):
             code = stop.code
         except BaseException:
             trace = traceback.format_exc()
-    torch.set_num_threads(1)
     return code, error.getvalue(), trace
 
 
@@ -207,6 +213,9 @@ def in_folder(line, right, rng, folder, previous):
     if place < 0.95:  # something else, in the same folder
         return [*line, ["--out", str(out)], [rng.choice(["--resume", "--overwrite", "--quiet"])]], out, False
     path = rng.choice(list(out.rglob("config.json")))
+    if place < 0.975:
+        others = rng.choice([[], [rng.choice(line)]])
+        return [["--like", str(path.parent)], ["--out", str(folder)], ["--workers", "1"], *others], folder, not others
     low = json.loads(path.read_text())["range"][::2]
     right_ones = rng.choice([[], [["--phi", *map(str, low)]]])
     others = rng.choice([[], [rng.choice(line)]])
@@ -216,8 +225,13 @@ def in_folder(line, right, rng, folder, previous):
 def fuzz(count, seed, show_bar=False):
     """So many command lines, and what came of them."""
     rng, result, previous = random.Random(seed), Fuzz(), None
+    torch.set_num_threads(1)
     figures = {"draw_curves": lambda plt, labels, path: None, "draw_adaptation": lambda plt, labels, path: False}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(report, **figures):  # they take a second each
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.multiple(report, **figures),  # they take a second each
+        mock.patch.object(torch, "set_num_threads"),  # a command must not fork after another used several threads
+    ):
         for i in tqdm(range(count), "fuzz", disable=None if show_bar else True):
             right = rng.random() < 0.4
             line = right_line(rng)
@@ -237,8 +251,8 @@ def fuzz(count, seed, show_bar=False):
             result.flags[outcome].update({flag for flag, *_ in line})
             if previous and out != previous[1]:
                 shutil.rmtree(previous[1], ignore_errors=True)
-            keep = [part for part in line if part[0] not in ("--out", "--resume", "--overwrite", "--watch")]
-            if "--watch" not in words:
+            keep = [part for part in line if part[0] not in ("--out", "--resume", "--overwrite")]
+            if not {"--watch", "--like"} & set(words):
                 previous = (keep, out) if code == 0 and not trace else None
     return result
 

@@ -6,8 +6,8 @@ trajectories. All cosines are with the shared direction, the mean of the tasks' 
 "Expected" is the cosine of a task's expected gradient; "K = 10" that of an estimate from 10 trajectories, which is what
 a δ-step follows. The medium task is the δ-step's default; "all tasks" is the mean cosine over the grid, which is what
 `--medium random` gets on average. To keep noise from biasing the expected values, they come from two halves of the
-repeats: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>), which may exceed 1. Interquartile means over seeds with 95%
-bootstrap intervals.
+repeats: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>), which may exceed 1. Medians over seeds with 95%
+intervals by order statistics.
 """
 
 from pathlib import Path

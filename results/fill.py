@@ -3,7 +3,8 @@
 From the repository's root: `python -m results.fill README.md results/README.md`. With --check nothing is written: the
 command exits with code 1 and names the files whose tables are out of date.
 
-A table stands below a comment that names its columns and its lines. A line is {name: folder/label}; the folder is
+A table stands below a comment that names its columns and its lines. Below it stands how many arms it compares, and over
+which epochs and env steps. A line is {name: folder/label}; the folder is
 relative to the Markdown file and holds a summary.csv, the label is one of that file's labels:
 
 <!-- report {"columns": ["epochs to convergence"], "lines": {"fomaml": "cartpole-pg/fomaml"}} -->
@@ -20,8 +21,8 @@ from pathlib import Path
 import report
 import run
 
-# The comment, then the table below it if there is one, with the empty lines around it.
-MARKED_TABLE = re.compile(r"(<!-- (?:flags|report (.*)) -->)\n*(?:\|.*\n)*\n*")
+# The comment, then the table and the line on its arms if they are there, with the empty lines around them.
+MARKED_TABLE = re.compile(r"(<!-- (?:flags|report (.*)) -->)\n*(?:\|.*\n)*\n*(?:Arms compared: .*\n+)?")
 
 
 def read_summary(folder):
@@ -35,11 +36,12 @@ def report_tables(folder):
 
 
 def table(columns, lines, root):
-    """The Markdown table with these columns; lines: {name: folder/label}, folders relative to root.
+    """The Markdown table with these columns, and the line on its arms; lines: {name: folder/label}, folders relative to
+    root.
 
     Raises ValueError naming an unknown label or column.
     """
-    rows = []
+    rows, arms = [], {}
     for name, place in lines.items():
         folder, label = place.rsplit("/", 1)
         labels = read_summary(root / folder)
@@ -48,8 +50,9 @@ def table(columns, lines, root):
         cells = report.cells(name, label, labels)
         if unknown := [column for column in columns if column not in cells]:
             raise ValueError(f"unknown column {unknown[0]!r}; there are {', '.join(cells)}")
+        arms[name] = labels[label]
         rows.append({column: cells[column] for column in ("algorithm", *columns)})
-    return report.markdown(rows)
+    return f"{report.markdown(rows)}\n\n{report.budget(arms)}"
 
 
 def flag_table():

@@ -32,7 +32,7 @@ experiment() { # NAME FLAGS..
   echo "== $name: python run.py $*"
   python run.py "$@" --out "runs/$name" --resume
   mkdir -p "results/$name"
-  for file in "runs/$name"/*/{report.md,summary.csv,curves.csv,curves.png,adaptation.png}; do
+  for file in "runs/$name"/*/{report.md,summary.csv,curves.csv,curves.png,thresholds.png,adaptation.png}; do
     [[ $name != */* || $file == */summary.csv ]] || continue # part of a comparison: only its numbers
     cp "$file" "results/$name/"
   done

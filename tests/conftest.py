@@ -12,7 +12,7 @@ from tests.commands import SMALL, Command
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs
 
 
-FIGURES = {"draw_curves": report.draw_curves, "draw_adaptation": report.draw_adaptation}
+FIGURES = {name: getattr(report, name) for name in ("draw_curves", "draw_thresholds", "draw_adaptation")}
 
 
 @pytest.fixture(scope="session", autouse=True)

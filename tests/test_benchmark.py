@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 import parallel
+import policies
 import run
 from bench import benchmark, measure, reference
 
@@ -59,7 +60,12 @@ def epoch_in_float64(algo):
     def sample(params, phi, noise):
         noise = {key: x.double() for key, x in noise.items()}
         recorded.append(
-            parallel.with_numpy(partial(parallel.rollout_here, env, batch.head), params, phi.double(), noise)
+            parallel.with_numpy(
+                partial(parallel.rollout_here, env, partial(policies.actor, head=batch.head)),
+                params,
+                phi.double(),
+                noise,
+            )
         )
         return recorded[-1]
 

@@ -190,7 +190,7 @@ def test_one_gradient_step_on_a_crossing_learns_for_that_crossing_more_than_for_
     with torch.no_grad():  # a policy between the two plans: 9.75 m/s everywhere
         theta["policy.2.weight"].zero_()
         theta["policy.2.bias"].fill_(9.75 / 7.5 - 1)
-        theta["policy.log_std"].fill_(math.log(0.5))
+        theta["policy.raw_std"].fill_(-2.475)  # σ = 0.55
     phi = torch.tensor([[[7.0], [13.0]]])
     returns = []
 
@@ -362,14 +362,14 @@ def test_the_geometric_median_has_the_least_sum_of_distances_and_in_one_dimensio
 
 
 def test_held_out_grids_may_reach_beyond_phi():
-    assert held_out_tasks(CARTPOLE, [0, 20]).flatten().tolist() == [2.0 * i for i in range(11)]
+    assert held_out_tasks(CARTPOLE, [0, 20]).flatten().tolist() == [1.0 + 2 * i for i in range(10)]
 
 
 def test_held_out_grids_cover_phi():
-    torch.testing.assert_close(held_out_tasks(CARTPOLE)[:, 0], torch.arange(5.0, 16))
+    torch.testing.assert_close(held_out_tasks(CARTPOLE)[:, 0], torch.arange(5.5, 15))
     grid = held_out_tasks(ENVS["point"])
-    assert grid.shape == (25, 2) and grid.unique(dim=0).shape == (25, 2)
-    assert grid.amin().item() == -0.5 and grid.amax().item() == 0.5
+    assert grid.shape == (36, 2) and grid.unique(dim=0).shape == (36, 2)
+    assert grid.amin().item() == pytest.approx(-5 / 12) and grid.amax().item() == pytest.approx(5 / 12)
 
 
 @pytest.mark.parametrize("bounds", [[15, 5], [5], [5, 15, 1, 2], [math.nan, 5], [5, math.inf]])
@@ -456,7 +456,7 @@ def test_actions_that_are_not_numbers_end_no_environment():
 def test_several_parameters_are_a_vector_phi():
     env = make("Pendulum-v1", names=["g", "l"], bounds=[5, 15, 0.5, 1.5])
     assert env.low == (5, 0.5) and env.high == (15, 1.5) and env.horizon == 200
-    assert sample_tasks(env, generators([0], 0), 4).shape == (1, 4, 2) and len(held_out_tasks(env)) == 25
+    assert sample_tasks(env, generators([0], 0), 4).shape == (1, 4, 2) and len(held_out_tasks(env)) == 36
 
 
 @pytest.mark.parametrize(
@@ -489,3 +489,58 @@ def test_environments_that_cannot_be_used_are_refused_in_one_line(name, options,
     with pytest.raises(ValueError, match=says) as error:
         make(name, **options)
     assert "\n" not in str(error.value) and "--" not in str(error.value)
+
+
+@pytest.mark.parametrize("dist", envs.TASK_DISTS)
+@pytest.mark.parametrize(("components", "cells"), [(1, 10), (2, 6), (3, 4)])
+def test_held_out_tasks_are_midpoints_of_equal_cells_and_the_mean_task_is_none_of_them(components, cells, dist):
+    low, high = (5.0, -0.5, 0.0)[:components], (15.0, 0.5, 2.0)[:components]
+    env = replace(CARTPOLE, phi_names=("x",) * components, low=low, high=high, task_dist=dist)
+    grid = held_out_tasks(env).double()
+    # Of 10 or 6 cells the second one's midpoint is a quarter of the way, which is the skewed distribution's mean.
+    cells += 2 * (dist == "skewed" and components < 3)
+    assert grid.shape == (cells**components, components)
+    for i in range(components):
+        width = (high[i] - low[i]) / cells
+        expected = torch.tensor([low[i] + width * (j + 0.5) for j in range(cells)], dtype=torch.float64)
+        torch.testing.assert_close(grid[:, i].unique(), expected, rtol=0, atol=1e-6)
+    mean = torch.tensor(envs.mean_task(env), dtype=torch.float64)
+    assert (grid - mean).abs().max(1).values.min() > 0.01
+
+
+@pytest.mark.parametrize("xp", [np, torch])
+def test_phi_observed_is_scaled_over_phi_at_the_end_of_every_observation_and_changes_nothing_else(xp):
+    env = replace(CARTPOLE, low=(5.0,), high=(15.0,), horizon=30)
+    oracle = envs.with_phi_observed(env)
+    assert oracle.obs_dim == 5
+    phi = torch.tensor([[[5.0], [7.5], [15.0], [20.0]]])
+    noise = draw_noise(env, generators([0], 0), 4, 3)
+    if xp is np:
+        phi, noise = phi.numpy(), {key: x.numpy() for key, x in noise.items()}
+    seen = []
+
+    def act(obs, noise):
+        seen.append(obs.shape[-1])
+        return noise.argmax(-1)
+
+    plain, got = (envs.rollout(x, act, phi, noise, xp) for x in (env, oracle))
+    assert seen[0] == 4 and seen[-1] == 5
+    plain, got = ({key: torch.as_tensor(x) for key, x in d.items()} for d in (plain, got))
+    for key in plain:
+        assert torch.equal(plain[key], got[key][..., :4] if "obs" in key else got[key]), key
+    mask = got["mask"]
+    for i, expected in enumerate((-1.0, -0.5, 1.0, 2.0)):  # (φ − 10) / 5
+        assert (got["obs"][0, i, ..., 4][mask[0, i]] == expected).all()
+    assert (got["obs"][..., 4][~mask] == 0).all()
+
+
+def test_phi_observed_reaches_gymnasium_environments_and_a_component_without_a_range_is_zero():
+    env = make("Pendulum-v1", ["g", "m"], [5, 15, 1, 1], 6)
+    oracle = envs.with_phi_observed(env)
+    assert oracle.in_workers and oracle.obs_dim == 5
+    phi = np.array([[[5.0, 1.0], [12.5, 1.0]]], np.float32)
+    noise = {key: x.numpy() for key, x in draw_noise(env, generators([0], 0), 2, 2).items()}
+    plain, got = (envs.rollout(x, lambda obs, noise: noise, phi, noise) for x in (env, oracle))
+    assert np.array_equal(plain["obs"], got["obs"][..., :3]) and np.array_equal(plain["rewards"], got["rewards"])
+    assert (got["obs"][0, 0, ..., 3] == -1).all() and (got["obs"][0, 1, ..., 3] == 0.5).all()
+    assert (got["obs"][..., 4] == 0).all() and got["obs"].dtype == np.float32

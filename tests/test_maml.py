@@ -297,3 +297,12 @@ def sinusoid_problem():
         return task_loss
 
     return theta, sinusoids
+
+
+def test_reptile_returns_what_it_adapted_and_its_gradient_is_the_way_from_there():
+    a, c, x, task_loss = quadratics()
+    theta = {"x": x.clone().requires_grad_()}
+    adapted = reptile(theta, task_loss, ALPHA, M, inner_steps=3)
+    torch.testing.assert_close(adapted["x"], c + (1 - ALPHA * a) ** 3 * (x - c))  # as derived by hand above
+    assert not adapted["x"].requires_grad
+    torch.testing.assert_close(theta["x"].grad, x - adapted["x"].mean(1, keepdim=True))

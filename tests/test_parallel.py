@@ -11,19 +11,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-import envs
-import maml
 import parallel
 import policies
-import run
 from bench import torture
-from envs import draw_noise, generators, make, sample_tasks
+from checkpoints import Run
+from envs import draw_noise, generators, make, rollout, sample_tasks
 from parallel import CapturedRollout, ProcessError, Workers
+from run import share_out
 from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train, wait_for
 from tests.test_envs import BATCHED, trained_on
 
@@ -37,87 +35,89 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 # --- sampling workers ---
 
 
-class Failing(policies.Gaussian):
-    """A policy that fails where σ > 1."""
-
-    def sample(self, params, outputs, noise, xp):
-        if (params["policy.log_std"] > 0).any():
-            raise FloatingPointError("no such luck")
-        return super().sample(params, outputs, noise, xp)
+def random_actions(params):
+    """A policy that acts by noise alone, nearly; importable, as worker processes need it where they are spawned."""
+    return most_noise
 
 
-def one_rollout(env, head, S, M, K):
-    """(params, φ, noise), as numpy, of a rollout under fresh policies."""
-    rng = generators(range(S), 0)
-    params = maml.expand(policies.init(env.obs_dim, head, rng, hidden=[4]), M)
-    params, noise = ({key: x.detach().numpy() for key, x in d.items()} for d in (params, draw_noise(env, rng, M, K)))
-    return params, sample_tasks(env, rng, M).numpy(), noise
+def most_noise(obs, noise):
+    return (noise + 0.1 * obs[..., :1]).argmax(-1)
 
 
-def assert_equal(got, expected):
-    assert got.keys() == expected.keys()
-    for key, x in expected.items():
-        np.testing.assert_array_equal(got[key], x, err_msg=key)
+def noise_itself(params):
+    return lambda obs, noise: noise
+
+
+def noise_or_failure(params):
+    """Fails under parameters, and acts without."""
+    if params:
+        raise FloatingPointError("no such luck")
+    return noise_itself(params)
+
+
+def in_numpy(phi, noise):
+    return phi.numpy(), {key: x.numpy() for key, x in noise.items()}
+
+
+def same(ours, theirs):
+    """The same trajectories to the last bit."""
+    return ours.keys() == theirs.keys() and all((x == theirs[key]).all() for key, x in ours.items())
 
 
 @pytest.fixture(scope="module")
 def pendulum():
-    """An environment, and (params, φ, noise) of a rollout of two trajectories."""
+    """An environment, φ and noise for one rollout of S = 1, M = 1, K = 2."""
     env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
-    return env, one_rollout(env, Failing(1), 1, 1, 2)
+    return env, *in_numpy(sample_tasks(env, generators([0], 1), 1), draw_noise(env, generators([0], 0), 1, 2))
 
 
 @pytest.fixture(scope="module")
 def lander():
-    """An environment, its policy, (params, φ, noise) of 18 trajectories, and these as this process makes them."""
+    """An environment, φ, noise and the trajectories of a LunarLander rollout in this process."""
     env = make("lunarlander", horizon=120)
-    head = policies.make_head(env.actions)
-    given = one_rollout(env, head, 2, 3, 3)
-    return env, head, given, parallel.rollout_here(env, head, *given)
+    noise = draw_noise(env, generators([0, 1], 0), 3, 3)
+    phi, noise = in_numpy(sample_tasks(env, generators([0, 1], 1), 3), noise)
+    return env, phi, noise, rollout(env, most_noise, phi, noise)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_workers_change_no_bit(lander, count):
-    env, head, given, expected = lander
-    with Workers(env, head, count) as workers:
-        assert_equal(workers.rollout(*given), expected)
+    env, phi, noise, expected = lander
+    with Workers(env, random_actions, count) as workers:
+        trajectories = workers.rollout({}, phi, noise)
+    assert same(trajectories, expected)
 
 
 def test_more_workers_than_trajectories_change_no_bit(pendulum):
-    env, given = pendulum
-    with Workers(env, Failing(1), 3) as workers:
-        assert_equal(workers.rollout(*given), parallel.rollout_here(env, Failing(1), *given))
+    env, phi, noise = pendulum
+    with Workers(env, noise_itself, 3) as workers:
+        trajectories = workers.rollout({}, phi, noise)
+    assert same(trajectories, rollout(env, noise_itself({}), phi, noise))
 
 
 def test_what_fails_in_a_worker_is_said_here_and_it_serves_on(pendulum):
-    env, given = pendulum
-    params, phi, noise = given
-    with Workers(env, Failing(1), 2) as workers:
+    env, phi, noise = pendulum
+    with Workers(env, noise_or_failure, 2) as workers:
         says = "the environment failed in a sampling worker: FloatingPointError: no such luck"
         with pytest.raises(ProcessError, match=says):
-            workers.rollout({name: p + 1 for name, p in params.items()}, phi, noise)
-        assert_equal(workers.rollout(*given), parallel.rollout_here(env, Failing(1), *given))
+            workers.rollout({"w": torch.zeros(1)}, phi, noise)
+        assert same(workers.rollout({}, phi, noise), rollout(env, noise_itself({}), phi, noise))
 
 
 def test_what_fails_in_this_process_is_said_the_same_way(pendulum):
-    env, (params, phi, noise) = pendulum
-    params, phi = {name: torch.tensor(p + 1) for name, p in params.items()}, torch.tensor(phi)
-    noise = {key: torch.tensor(x) for key, x in noise.items()}
-    with (
-        parallel.open_sampler(env, Failing(1), "cpu", 0) as sample,
-        pytest.raises(ProcessError, match="the environment failed: FloatingPointError: no such luck"),
-    ):
-        sample(params, phi, noise)
+    env, phi, noise = pendulum
+    with pytest.raises(ProcessError, match="the environment failed: FloatingPointError: no such luck"):
+        parallel.rollout_of_stranger(env, noise_or_failure, {"w": torch.zeros(1)}, phi, noise)
 
 
 def test_a_dead_worker_is_noticed_and_none_is_left(pendulum):
-    env, given = pendulum
-    with Workers(env, Failing(1), 2) as workers:
-        workers.rollout(*given)
+    env, phi, noise = pendulum
+    with Workers(env, noise_itself, 2) as workers:
+        workers.rollout({}, phi, noise)
         workers.processes[1].kill()
         workers.processes[1].join()
         with pytest.raises(ProcessError, match="a sampling worker died"):
-            workers.rollout(*given)
+            workers.rollout({}, phi, noise)
         left = workers.processes
     assert not any(process.is_alive() for process in left)
 
@@ -128,6 +128,107 @@ def test_training_does_not_depend_on_the_workers_and_resumes_exactly(tmp_path):
             words = [*GYM, "--workers", workers, "--resume"]
             train(tmp_path / name, *words, env="Pendulum-v1", algo="directed-maml", epochs=epochs)
     assert torture.differences(tmp_path / "once", tmp_path / "twice") == []
+
+
+# --- training processes ---
+
+
+@pytest.mark.parametrize(
+    ("env", "size"),
+    [("cartpole", ["--horizon", 100, "--beta", 0.03, "--eval-every", 99]), ("lunarlander", ["--horizon", 40])],
+)
+def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_in_any_number_of_processes(tmp_path, env, size):
+    """While CartPole's episodes grow, so that the runs beside it have episodes of other lengths."""
+    epochs = 30 if env == "cartpole" else 2
+    words = {"env": env, "algo": "directed-maml", "epochs": epochs}
+    sweep = ["--seed", "1-3", "--delta", 0.005, 0.02] if env == "cartpole" else ["--seed", "1-3"]
+    train(tmp_path / "alone", *size, "--seed", 2, "--workers", 0, **words)
+    train(tmp_path / "one", *size, *sweep, "--workers", 1, **words)
+    train(tmp_path / "two", *size, *sweep, "--workers", 2, **words)
+    assert torture.differences(tmp_path / "one", tmp_path / "two") == []
+    run = f"{env}-pg/directed-maml/delta0.005/seed2"
+    assert torture.differences(tmp_path / "alone" / run, tmp_path / "two" / run) == []
+    log = rows(tmp_path / "alone" / run / "log.csv")
+    assert len(log) == epochs
+    assert env != "cartpole" or float(log[-1]["return_post"]) > 1.5 * float(log[0]["return_post"])
+
+
+SWEEP = ["--env", "cartpole", "--algo", "maml", "fomaml", "--seed", 1, 2, "--workers", 2]
+
+
+def test_every_process_has_equally_many_jobs_and_each_job_is_of_one_algorithm():
+    runs = [Run(None, {"algo": algo}, {"epoch": 0}) for algo in ("maml", "fomaml", "reptile") for _ in range(4)]
+    assert [len(job) for job in share_out(runs, 1)] == [4, 4, 4]
+    assert [len(job) for job in share_out(runs, 2)] == [2] * 6
+    assert [len(job) for job in share_out(runs, 3)] == [4, 4, 4]
+    assert [len(job) for job in share_out(runs[:4], 8)] == [1] * 4
+    runs[0].state["epoch"] = 3
+    assert sorted(len(job) for job in share_out(runs, 1)) == [1, 3, 4, 4]
+    assert all(len({run.settings["algo"] for run in job}) == 1 for job in share_out(runs, 2))
+
+
+@linux
+def test_a_training_process_that_dies_ends_the_command_in_one_line_with_every_other_run_saved(tmp_path, start):
+    command = start(*SWEEP, out=tmp_path)
+    for algo in ("maml", "fomaml"):
+        command.wait_for_epoch(tmp_path / f"cartpole-pg/{algo}/seed2/log.csv")
+    os.kill(workers_of(command.pid)[0], signal.SIGKILL)
+    code, lines = command.wait()
+    assert code == 1
+    assert lines == ["run.py: a training process died; continue from the last checkpoint with --resume"]
+    assert len(list(tmp_path.rglob("checkpoint.pt"))) == 2
+    torture.wait_for_the_end(command.pid)
+
+
+@linux
+def test_a_signal_stops_all_training_processes_after_their_epoch_and_the_command_continues(tmp_path, start):
+    command = start(*SWEEP, out=tmp_path)
+    for algo in ("maml", "fomaml"):
+        command.wait_for_epoch(tmp_path / f"cartpole-pg/{algo}/seed2/log.csv")
+    command.send(signal.SIGTERM)
+    code, lines = command.wait()
+    assert code == 128 + signal.SIGTERM and len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with")
+    states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
+    assert len(states) == 4 and all(state["epoch"] >= 3 for state in states)
+    epochs = max(state["epoch"] for state in states) + 1
+    train(tmp_path, "--seed", 1, 2, "--workers", 2, "--resume", algo="maml fomaml", epochs=epochs)
+    assert {len(rows(log)) for log in tmp_path.rglob("log.csv")} == {epochs}
+
+
+@linux
+def test_training_processes_of_a_killed_main_process_end_without_a_word(tmp_path, start):
+    command = start(*SWEEP, out=tmp_path)
+    command.wait_for_epoch(tmp_path / "cartpole-pg/maml/seed2/log.csv")
+    command.send(signal.SIGKILL)
+    assert command.wait() == (-signal.SIGKILL, [])
+    torture.wait_for_the_end(command.pid)
+
+
+def failing(job, tell):
+    if job == 1:
+        raise OSError(28, "No space left on device", "x/log.csv")
+    return [job]
+
+
+def test_an_error_in_a_training_process_is_raised_here_with_what_it_names():
+    with pytest.raises(OSError) as error:
+        parallel.run_jobs(failing, [0, 1, 2], 2, print, [])
+    assert (error.value.errno, error.value.filename) == (28, "x/log.csv")
+    assert sorted(parallel.run_jobs(failing, [0, 2, 3], 2, print, [])) == [0, 2, 3]
+
+
+def ask_to_stop(job, tell):
+    """Endless work, until it is asked to stop; returns the signals."""
+    while not (signals := tell(job)):
+        pass
+    return signals
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_reaches_the_jobs_that_run_and_no_other_begins(count):
+    signals = []
+    results = parallel.run_jobs(ask_to_stop, [1, 2, 3], count, lambda news: signals or signals.append(15), signals)
+    assert results == [15] * count
 
 
 def workers_of(pid):
@@ -168,7 +269,7 @@ def serve_late(env):
     parent = os.getppid()
     wait_for(lambda: os.getppid() != parent)
     pipe, _kept = multiprocessing.Pipe()  # both ends are here: it never closes
-    parallel.serve(pipe, env, Failing(1), 0, 1)
+    parallel.serve(pipe, env, noise_itself, 0, 1)
 
 
 def start_and_die(env):
@@ -187,93 +288,6 @@ def test_a_worker_whose_main_process_has_gone_before_it_serves_ends_too(pendulum
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-# --- training processes ---
-
-SWEEP = ["--env", "cartpole", "--algo", "maml", "directed-fomaml", "--seed", 1, 2, 3]
-
-
-def test_a_sweep_does_not_depend_on_the_processes_that_share_it(tmp_path):
-    for workers in (1, 2, 7):
-        run.main(
-            list(map(str, ["--out", tmp_path / str(workers), "--epochs", 4, *SMALL, *SWEEP, "--workers", workers]))
-        )
-    assert torture.differences(tmp_path / "1", tmp_path / "2") == []
-    assert torture.differences(tmp_path / "1", tmp_path / "7") == []
-
-
-def double(job, tell):
-    """Work that says its job, and returns it twice as large; it fails for a negative one."""
-    tell(job)
-    if job < 0:
-        raise ProcessError(f"no such job: {job}")
-    return [2 * job]
-
-
-@pytest.mark.parametrize("count", [1, 2, 9])
-def test_jobs_are_done_by_any_number_of_processes_and_their_news_arrive(count):
-    news = []
-    assert sorted(parallel.run_jobs(double, [5, 6, 7], count, news.append, [])) == [10, 12, 14]
-    assert sorted(news) == [5, 6, 7]
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_what_fails_in_a_job_is_raised_here(count):
-    with pytest.raises(ProcessError, match="no such job: -1"):
-        parallel.run_jobs(double, [5, -1, 7], count, lambda news: None, [])
-    assert not multiprocessing.active_children()
-
-
-def ask_to_stop(job, tell):
-    """Endless work, until it is asked to stop; returns the signals."""
-    while not (signals := tell(job)):
-        pass
-    return signals
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_signal_reaches_the_jobs_and_no_other_begins(count):
-    signals = []
-    results = parallel.run_jobs(ask_to_stop, [1, 2, 3], count, lambda news: signals or signals.append(15), signals)
-    assert results == [15] * count
-
-
-@linux
-@pytest.mark.parametrize("which", ["main", "training"])
-def test_killed_processes_of_a_sweep_leave_no_orphans(tmp_path, start, which):
-    """The main process: without a word. A training process: one line, and the files are good."""
-    command = start(*SWEEP, "--workers", 2, out=tmp_path, checkpoint_seconds=0.0)
-    logs = [tmp_path / f"cartpole-pg/maml/seed{seed}/log.csv" for seed in (1, 2)]
-    for log in logs:
-        command.wait_for_epoch(log)
-    others = workers_of(command.pid)
-    assert len(others) == 2
-    os.kill(command.pid if which == "main" else others[0], signal.SIGKILL)
-    code, lines = command.wait()
-    torture.wait_for_the_end(command.pid)
-    assert command.error.read_text().splitlines() == lines
-    if which == "main":
-        assert (code, lines) == (-signal.SIGKILL, [])
-    else:
-        assert code == 1 and lines == [
-            "run.py: a training process died; continue from the last checkpoint with --resume"
-        ]
-    for log in logs:
-        assert len(rows(log)) >= torch.load(log.with_name("checkpoint.pt"), weights_only=True)["epoch"]
-
-
-@posix
-def test_a_signal_to_a_sweep_saves_all_runs_that_have_begun(tmp_path, start):
-    command = start(*SWEEP, "--workers", 2, out=tmp_path)
-    logs = [tmp_path / f"cartpole-pg/maml/seed{seed}/log.csv" for seed in (1, 2, 3)]
-    for log in logs[:2]:
-        command.wait_for_epoch(log)
-    os.killpg(command.pid, signal.SIGINT)  # as a terminal does
-    code, lines = command.wait()
-    assert code == 128 + signal.SIGINT and len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with:")
-    for log in logs:
-        assert torch.load(log.with_name("checkpoint.pt"), weights_only=True)["epoch"] == len(rows(log))
 
 
 # --- signals ---
@@ -403,8 +417,8 @@ def test_tasks_that_the_ranks_cannot_share_evenly_are_refused(tmp_path, start_ra
 
 
 def test_a_rank_with_other_settings_is_named_and_all_stop(tmp_path, start_ranks):
-    codes, lines = ends(start_ranks(2, tmp_path, "--gamma", 0.9, others=["--gamma", 0.8]))
-    assert lines == ["run.py: --gamma: 0.8 on rank 1, 0.9 on rank 0; start all with the same command"]
+    codes, lines = ends(start_ranks(2, tmp_path, "--beta", 0.001, others=["--beta", 0.002]))
+    assert lines == ["run.py: --beta: 0.002 on rank 1, 0.001 on rank 0; start all with the same command"]
     assert 0 not in codes and not list(tmp_path.rglob("log.csv"))
 
 
@@ -452,7 +466,7 @@ def test_a_captured_rollout_is_the_rollout(name):
     make_act = partial(policies.actor, head=head, xp=torch)
     captured = CapturedRollout(env, make_act)
     for _ in range(3):  # captured, replayed, replayed with other inputs
-        eager = envs.rollout(env, make_act(params), phi, noise, torch)
+        eager = rollout(env, make_act(params), phi, noise, torch)
         for key, x in captured(params, phi, noise).items():
             torch.testing.assert_close(x, eager[key])
         phi, noise = phi.flip(1), {key: x.flip(2) for key, x in noise.items()}

@@ -3,9 +3,11 @@
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 
+import maml
 import policies
 from policies import ESTIMATORS, LOSSES, Categorical, Gaussian, discounted_sums, surrogate, whiten
 
@@ -86,9 +88,10 @@ def test_categorical_is_torchs():
 def test_gaussian_is_torchs():
     theta, params, batch = example(Gaussian(2))
     with torch.no_grad():
-        theta["policy.log_std"].copy_(torch.randn(S, 1, 1, 2).abs())
+        theta["policy.raw_std"].copy_(torch.randn(S, 1, 1, 2))
     outputs, actions = torch.randn(2, S * M, 7, 2, dtype=torch.float64)
-    std = params["policy.log_std"].reshape(S * M, 1, 2).exp()
+    raw = params["policy.raw_std"].reshape(S * M, 1, 2)
+    std = 0.5 + raw + (raw.square() + 0.25).sqrt()
     expected = torch.distributions.Normal(outputs, std).log_prob(actions).sum(-1)
     torch.testing.assert_close(Gaussian(2).log_prob(params, outputs, actions), expected)
 
@@ -142,8 +145,9 @@ def test_baseline_step_takes_each_steps_mean_over_trajectories_first():
 
 
 def test_gaussians_std_has_a_floor():
-    params = {"policy.log_std": torch.full((1, 1, 1, 1), -9.0)}
-    assert Gaussian(1, min_std=0.25).sample(params, torch.zeros(1, 1, 1), torch.ones(1, 1, 1)).item() == 0.25
+    params = {"policy.raw_std": torch.full((1, 1, 1, 1), -9.0)}
+    std = Gaussian(1, min_std=0.25).sample(params, torch.zeros(1, 1, 1), torch.ones(1, 1, 1)).item()
+    assert 0.25 < std < 0.29  # 0.25 + 0.75² / (2 · 9), nearly
 
 
 def test_whitening_equal_values_gives_zeros():
@@ -342,3 +346,231 @@ def test_naive_and_lvc_hessians_are_wrong_by_just_the_terms_they_drop(mdp):
     assert cosine(hessian(expected_surrogate("dice"), theta), true) == pytest.approx(1)
     assert cosine(naive, true) == pytest.approx(-0.365, abs=0.001)  # it points the wrong way
     assert cosine(lvc, true) == pytest.approx(0.853, abs=0.001)
+
+
+# --- σ of the Gaussian ---
+
+
+def test_gaussians_std_begins_at_one_with_slope_one_and_rises_smoothly_above_its_floor():
+    raw = torch.linspace(-50, 10, 6001, dtype=torch.float64)[:, None, None, None].requires_grad_()
+    std = Gaussian(1, min_std=0.25).std({"policy.raw_std": raw}).flatten()
+    (slope,) = torch.autograd.grad(std.sum(), raw)
+    assert (std > 0.25).all() and (slope > 0).all() and (std.diff() > 0).all()
+    torch.testing.assert_close(slope.flatten()[1:-1], (std[2:] - std[:-2]) / 0.02, atol=1e-4, rtol=0)
+    start = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    one = Gaussian(1, min_std=0.25).std({"policy.raw_std": start})
+    assert one.item() == 1 and torch.autograd.grad(one.sum(), start)[0].item() == 1
+
+
+@pytest.mark.parametrize("raw", [-9.0, -1.0, 0.0, 2.0])
+def test_gradients_and_hessians_of_the_gaussian_are_those_of_finite_differences(raw):
+    outputs, actions = torch.randn(2, 1, 7, 2, generator=seeded()[0], dtype=torch.float64)
+
+    def log_prob(x):
+        return Gaussian(2).log_prob({"policy.raw_std": x}, outputs, actions)
+
+    x = torch.full((1, 1, 1, 2), raw, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_prob, x) and torch.autograd.gradgradcheck(log_prob, x)
+
+
+def test_gaussians_std_has_a_gradient_at_its_floor_in_float32():
+    raw = torch.full((1, 1, 1, 1), -20.0, requires_grad=True)
+    std = Gaussian(1).std({"policy.raw_std": raw})
+    assert std.item() < 0.51  # 0.5 + 0.5² / (2 · 20)
+    assert torch.autograd.grad(std.sum(), raw)[0].item() == pytest.approx(0.25 / (2 * 20**2), rel=0.01)
+
+
+def test_numpy_and_torch_take_the_same_std_bit_for_bit():
+    raw = torch.randn(3, 5, 1, 2, generator=seeded()[0])
+    by_torch = Gaussian(2).std({"policy.raw_std": raw})
+    by_numpy = Gaussian(2).std({"policy.raw_std": raw.numpy()}, numpy)
+    assert by_numpy.dtype == numpy.float32 and torch.equal(by_torch, torch.from_numpy(by_numpy))
+    alone = [Gaussian(2).std({"policy.raw_std": raw[s : s + 1]}) for s in range(3)]
+    assert torch.equal(by_torch, torch.cat(alone))
+
+
+# --- raw advantages: Eq. 1b and 2a to the letter, on the same MDP ---
+
+GAMMA = 0.8
+
+
+@pytest.fixture(scope="module")
+def tabular(mdp):
+    """The MDP's trajectories as tasks of one episode each, and its θ as a network without hidden layers on one-hot
+    states: params -> their probabilities (N,), the shipped loss on them, and J (Eq. 1b), each by enumeration."""
+    theta, _, _, (probability, states, actions, _) = mdp
+    pi = theta.detach().view(STATES, ACTIONS).log_softmax(-1)[states, actions].sum(1).exp()
+    fixed = probability / pi  # what does not depend on θ
+    g = torch.Generator().manual_seed(3)  # the reward, drawn as in `mdp`
+    torch.rand(STATES, generator=g, dtype=torch.float64)
+    torch.randn(STATES, ACTIONS, STATES, generator=g, dtype=torch.float64)
+    rewards = torch.randn(STATES, ACTIONS, generator=g, dtype=torch.float64)[states, actions]  # (N, T)
+    one_hot = torch.eye(STATES, dtype=torch.float64)[states]
+    shape = (1, len(states), 1, STEPS)
+    trajectories = {
+        "obs": one_hot.view(*shape, STATES), "actions": actions.view(shape), "rewards": rewards.view(shape),
+        "mask": torch.ones(shape, dtype=torch.bool),
+    }  # fmt: skip
+
+    def probabilities(weight):  # (STATES, ACTIONS)
+        return fixed * weight.log_softmax(-1)[states, actions].sum(1).exp()
+
+    def value(weight):  # J = E Σₜ γᵗ rₜ
+        return (probabilities(weight) * (rewards * GAMMA ** torch.arange(STEPS, dtype=torch.float64)).sum(1)).sum()
+
+    def task_loss(estimator):
+        def loss(params):  # of one task: (1, 1)
+            all_paths = {name: p.expand(1, len(states), *p.shape[2:]) for name, p in params.items()}
+            losses = policies.pg(all_paths, trajectories, Categorical(ACTIONS), GAMMA, estimator, advantages="raw")
+            weight = (params["policy.0.weight"] + params["policy.0.bias"])[0, 0].detach()
+            return (probabilities(weight) * losses).sum(1, keepdim=True)
+
+        return loss
+
+    start = {
+        "policy.0.weight": theta.detach().view(1, 1, STATES, ACTIONS).clone().requires_grad_(),
+        "policy.0.bias": torch.zeros(1, 1, 1, ACTIONS, dtype=torch.float64, requires_grad=True),
+    }
+    return start, value, task_loss, trajectories, probabilities
+
+
+def exact_step(value, weight, alpha):
+    """θ' = θ + α∇J(θ), in the graph; the bias, which all states share, moves by the sum over states."""
+    gradient = torch.autograd.grad(value(weight), weight, create_graph=True)[0]
+    return weight + alpha * (gradient + gradient.sum(0))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_gradient_of_raw_advantages_is_the_exact_gradient_of_equation_1b(tabular, estimator):
+    start, value, task_loss, *_ = tabular
+    weight = start["policy.0.weight"]
+    (true,) = torch.autograd.grad(value(weight[0, 0]), weight)
+    got = torch.autograd.grad(task_loss(estimator)(start).sum(), [weight, start["policy.0.bias"]])
+    torch.testing.assert_close(got[0], -true, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got[1], -true.sum(2, keepdim=True), rtol=1e-10, atol=1e-12)
+
+
+def test_the_meta_gradient_of_raw_advantages_is_exact_with_dice_and_with_no_other_estimator(tabular):
+    """d/dθ J(θ + α∇J(θ)), both expectations by enumeration, against maml on the shipped loss."""
+    start, value, task_loss, *_ = tabular
+    weight, alpha = start["policy.0.weight"], 2.0
+    (true,) = torch.autograd.grad(value(exact_step(value, weight[0, 0], alpha)), weight)
+    for estimator in ESTIMATORS:
+        maml.maml(start, task_loss(estimator), alpha, 1)
+        if estimator == "dice":
+            torch.testing.assert_close(weight.grad, -true, rtol=1e-9, atol=1e-12)
+        else:
+            assert (weight.grad + true).norm() > 0.01 * true.norm()
+
+
+def test_raw_advantages_of_the_actor_critic_are_discounted_gae():
+    """With V = 0 and λ = 1, GAE is the reward to go, so the actor's gradient is that of pg."""
+    head = Categorical(3)
+    theta, params, batch = example(head)
+    with torch.no_grad():
+        for name in theta:
+            if name.startswith("critic"):
+                theta[name].zero_()
+    actor = [p for name, p in theta.items() if name.startswith("policy")]
+    grads = [
+        torch.autograd.grad(LOSSES[rl](params, batch, head, 0.9, "lvc", gae_lambda=1.0, advantages="raw").sum(), actor)
+        for rl in LOSSES
+    ]
+    for by_pg, by_ac in zip(*grads, strict=True):
+        torch.testing.assert_close(by_pg, by_ac, rtol=1e-10, atol=1e-12)
+
+
+# --- baselines ---
+
+
+def test_the_linear_baseline_is_a_ridge_regression_on_the_other_trajectories_of_the_task():
+    _, _, batch = example(Categorical(3))
+    obs, mask, x = 8 * batch["obs"], batch["mask"], torch.randn(S, M, K, H, generator=seeded()[0]).double()
+    got = policies.linear_baseline(x, mask.double(), obs)
+    clipped = 0
+    for s, i, k in itertools.product(range(S), range(M), range(K)):
+
+        def rows(j, s=s, i=i):
+            o = obs[s, i, j][mask[s, i, j]].clamp(-10, 10)
+            t = torch.arange(len(o), dtype=torch.float64)[:, None] / H
+            return torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], 1)
+
+        others = [j for j in range(K) if j != k]
+        a, y = torch.cat([rows(j) for j in others]), torch.cat([x[s, i, j][mask[s, i, j]] for j in others])
+        # The ridge as rows of its own: min |A w − y|² + 1e-5 |w|²
+        a = torch.cat([a, math.sqrt(1e-5) * torch.eye(a.shape[1], dtype=torch.float64)])
+        weights = torch.linalg.lstsq(a, torch.cat([y, torch.zeros(a.shape[1])]), driver="gelsd").solution
+        expected = rows(k) @ weights
+        clipped += int(((expected < y.min()) | (expected > y.max())).sum())
+        torch.testing.assert_close(got[s, i, k][mask[s, i, k]], expected.clamp(y.min(), y.max()), rtol=1e-6, atol=1e-6)
+    assert 0 < clipped < mask.sum()  # both cases are there
+
+
+def test_the_linear_baseline_leaves_the_expected_gradient_as_it_is(tabular):
+    """All pairs of trajectories as tasks of K = 2: E Σₜ (x − b) ∇log π = ∇J, by enumeration."""
+    start, value, _, trajectories, probabilities = tabular
+    weight = start["policy.0.weight"]
+    n = trajectories["mask"].shape[1]
+    first, second = (x.flatten() for x in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
+    pairs = {key: torch.cat([x[:, first], x[:, second]], 2) for key, x in trajectories.items()}  # (1, N², 2, ...)
+    to_go = discounted_sums(pairs["rewards"], GAMMA)
+    baseline = policies.linear_baseline(to_go, pairs["mask"].double(), pairs["obs"])
+    assert baseline.std() > 0.1
+    discount = GAMMA ** torch.arange(STEPS, dtype=torch.float64)
+    params = {name: p.expand(1, n * n, *p.shape[2:]) for name, p in start.items()}
+    logs = policies.log_probs(params, pairs, Categorical(ACTIONS))
+    losses = surrogate(logs, discount * (to_go - baseline), pairs["mask"], "lvc")
+    chance = probabilities(weight[0, 0]).detach()
+    (got,) = torch.autograd.grad((chance[first] * chance[second] * losses).sum(), weight)
+    (true,) = torch.autograd.grad(value(weight[0, 0]), weight)
+    torch.testing.assert_close(got, -true, rtol=1e-8, atol=1e-10)
+
+
+def test_the_linear_baseline_takes_away_all_of_what_is_linear_in_its_features():
+    _, _, batch = example(Categorical(3))
+    mask = torch.ones_like(batch["mask"])
+    time = torch.arange(H, dtype=torch.float64) / H
+    x = (3 - 2 * time + time**3).expand(S, M, K, H)
+    residual = x - policies.linear_baseline(x, mask.double(), torch.zeros_like(batch["obs"]))
+    assert residual.abs().max() < 1e-4  # what the ridge leaves
+
+
+@pytest.mark.parametrize("baseline", ["task", "step"])
+def test_means_that_include_the_trajectory_shrink_the_expected_gradient(tabular, baseline):
+    """By 1 − 1/K for "step". For "task", the mean over time of returns to go Σ_u (u + 1)/T r_u takes ∇ of its expected
+    value over K. Both without γ, by enumeration of all pairs, K = 2."""
+    start, _, _, trajectories, probabilities = tabular
+    weight = start["policy.0.weight"]
+    n = trajectories["mask"].shape[1]
+    first, second = (x.flatten() for x in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
+    pairs = {key: torch.cat([x[:, first], x[:, second]], 2) for key, x in trajectories.items()}
+    to_go = discounted_sums(pairs["rewards"], 1.0)
+    white = whiten(to_go, pairs["mask"], baseline)
+    centred = to_go - to_go.mean(2, keepdim=True)  # undo the division by σ: whitened values are proportional to these
+    centred = centred if baseline == "step" else to_go - to_go.mean((2, 3), keepdim=True)
+    std = centred.square().mean((2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(white * (std + 1e-8), centred - centred.mean((2, 3), keepdim=True))
+    params = {name: p.expand(1, n * n, *p.shape[2:]) for name, p in start.items()}
+    logs = policies.log_probs(params, pairs, Categorical(ACTIONS))
+    losses = surrogate(logs, white * (std + 1e-8), pairs["mask"], "lvc")
+    chance = probabilities(weight[0, 0])
+    (got,) = torch.autograd.grad((chance[first] * chance[second]).detach() @ losses[0], weight)
+    rewards = trajectories["rewards"][0, :, 0]
+    share = torch.ones(STEPS) / 2 if baseline == "step" else (torch.arange(STEPS) + 1) / STEPS / 2
+    (expected,) = torch.autograd.grad(chance @ (rewards * (1 - share)).sum(1), weight)
+    torch.testing.assert_close(got, -expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("baseline", ["step", "linear"])
+def test_baselines_over_trajectories_refuse_a_single_one(baseline):
+    x, mask = torch.randn(1, 2, 1, H), torch.ones(1, 2, 1, H, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"baseline '{baseline}' compares trajectories"):
+        whiten(x, mask, baseline, torch.zeros(1, 2, 1, H, D))
+
+
+def test_a_run_that_is_not_finite_leaves_the_linear_baseline_of_the_others_alone():
+    _, _, batch = example(Categorical(3))
+    x, mask = torch.randn(S, M, K, H, generator=seeded()[0]).double(), batch["mask"].double()
+    alone = policies.linear_baseline(x[1:], mask[1:], batch["obs"][1:])
+    x[0, 0, 0, 0] = math.nan
+    assert torch.equal(policies.linear_baseline(x, mask, batch["obs"])[1:], alone)

@@ -17,10 +17,11 @@ def case(seed):
     """(rng, θ, batch, loss, learner): random shapes, ragged episodes of random lengths, a random loss; float64."""
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     S, M, K, H, D = [rng.randint(1, high) for high in (3, 4, 4, 9, 5)]
+    K += 1  # a baseline over trajectories needs two
     head = policies.Categorical(rng.randint(2, 4)) if rng.random() < 0.5 else policies.Gaussian(rng.randint(1, 3))
     hidden = [rng.randint(1, 8) for _ in range(rng.randint(0, 3))]
     rl, learner = rng.choice(list(policies.LOSSES)), rng.choice(list(maml.META_LEARNERS))
-    options = {"estimator": rng.choice(policies.ESTIMATORS), "baseline": rng.choice(policies.BASELINES), "gamma": 0.9}
+    options = {"estimator": rng.choice(policies.ESTIMATORS), "baseline": rng.choice(["task", "step"]), "gamma": 0.9}
     theta = policies.init(D, head, envs.generators(range(S), seed), hidden, critic=rl == "ac")
     theta = {name: p.detach().double().requires_grad_() for name, p in theta.items()}
     mask = torch.arange(H) < torch.randint(1, H + 1, (S, M, K, 1), generator=g)

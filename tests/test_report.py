@@ -3,30 +3,150 @@
 import builtins
 import json
 import math
+import shutil
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 import report
 
+DISTRIBUTIONS = {  # name: (samples of a shape, their median, positive)
+    "normal": (lambda rng, shape: rng.normal(size=shape), 0, False),
+    "log-normal": (lambda rng, shape: np.exp(0.5 * rng.normal(size=shape)), 1, True),
+    "exponential": (lambda rng, shape: rng.exponential(size=shape), math.log(2), True),
+    "heavy tails": (lambda rng, shape: rng.standard_t(3, size=shape), 0, False),
+    "a third never": (lambda rng, shape: never(rng.uniform(size=shape)), 0.5, True),
+}
 
-def test_iqm_is_the_mean_without_the_outer_quarters():
-    assert report.iqm([100, 1, 2, 3, -50]) == 2  # five runs: one dropped on each side
-    assert report.iqm([1, 2]) == 1.5 and report.iqm([7]) == 7
-    assert report.iqm([1, 2, 3, math.inf, math.inf]) == math.inf  # two of five never got there
-    assert report.iqm([1, 2, 3, 4, math.inf]) == 3
-    np.testing.assert_array_equal(report.iqm(np.array([[0, 9], [1, 5], [2, 4], [3, 0]])), [1.5, 4.5])
+
+def never(x):
+    """Uniform on (0, 1), infinite above 2/3: the median is 1/2."""
+    return np.where(x > 2 / 3, math.inf, x)
 
 
-def test_interval_covers_the_mean_of_normal_samples_about_95_times_in_100():
+# The exact coverage of 5 values is 1 - 2 / 2⁵ = 0.9375, and the others' is 0.948 or more. The Monte Carlo error of
+# 40,000 samples is √(0.94 · 0.06 / 40,000) = 0.0012, so 0.93, the least we want, needs no tolerance.
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_an_interval_holds_the_median_at_least_93_times_in_100(n, name):
+    draw, median, positive = DISTRIBUTIONS[name]
+    _, low, high = report.median_interval(draw(np.random.default_rng(n), (n, 40_000)), positive)
+    assert 0.93 <= np.mean((low <= median) & (median <= high)) <= 0.975
+
+
+def test_of_5_values_or_more_the_interval_needs_no_assumption_and_below_it_does():
+    """Two clusters, 40% at 0 and 60% at 3, σ 0.2. Below the median is the lower cluster and what lies of the upper one
+    below it, 1/6: 3 + 0.2 Φ⁻¹(1/6)."""
     rng = np.random.default_rng(1)
-    hits = [low <= 0 <= high for low, high in (report.interval(rng.normal(size=20)) for _ in range(200))]
-    assert 0.85 <= np.mean(hits) <= 0.99
+    coverage = {}
+    for n in (3, 5, 10):
+        values = 0.2 * rng.normal(size=(n, 40_000)) + 3 * (rng.random((n, 40_000)) > 0.4)
+        _, low, high = report.median_interval(values)
+        median = 3 + 0.2 * NormalDist().inv_cdf(1 / 6)
+        coverage[n] = np.mean((low <= median) & (median <= high))
+    assert 0.89 < coverage[3] < 0.91 and 0.93 < coverage[5] < 0.95 and 0.94 < coverage[10] < 0.96
 
 
-def test_interval_of_equal_values_is_a_point_and_infinite_values_pass_through():
-    assert report.interval([3, 3, 3]) == (3, 3)
-    assert report.interval([math.inf] * 4) == (math.inf, math.inf)
+@pytest.mark.parametrize("n", report.WIDENED)
+def test_the_widened_range_of_normal_values_lies_above_their_median_once_in_40(n):
+    """P(lowest > c · (highest - lowest)) = n ∫ φ(x) [Φ(x + x/c) - Φ(x)]ⁿ⁻¹ dx over the lowest value x > 0."""
+    phi = np.vectorize(NormalDist().cdf)
+    x = np.linspace(0, 8, 4001)
+    others = (phi(x + x / report.WIDENED[n]) - phi(x)) ** (n - 1)
+    density = n * np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * others
+    assert (density[1:] + density[:-1]).sum() / 2 * x[1] == pytest.approx(0.025, abs=1e-5)
+
+
+def test_intervals_of_the_median_by_hand():
+    assert report.median_interval([5, 1, 4, 2, 3]) == (3, 1, 5)  # the range, 1 - 2/2⁵
+    assert report.median_interval([5, 1, 4, math.nan, 2, 3]) == (3, 1, 5)
+    # Two values: Student's t, 0 ± 12.706 s/√2 with s = √2, which is how WIDENED is rounded: to 0.01%.
+    np.testing.assert_allclose(report.median_interval([-1, 1]), (0, -12.706, 12.706), rtol=1e-4)
+    # and on the log the mean of log 1 and log e², so 1 ± the same
+    ends = np.log(report.median_interval([1, math.e**2], positive=True)[1:])
+    np.testing.assert_allclose(ends, (1 - 12.706, 1 + 12.706), rtol=1e-4)
+    # Ten: (x₍₂₎, x₍₉₎) holds 1 - 2·11/1024 = 0.9785, (x₍₃₎, x₍₈₎) 1 - 2·56/1024 = 0.8906. I = (0.9785 - 0.95) /
+    # (0.9785 - 0.8906) = 0.3244; λ = 8 I / (2 + 6 I) = 0.6577.
+    np.testing.assert_allclose(report.median_interval(range(1, 11)), (5.5, 2.6577, 8.3423), atol=1e-4)
+    columns = np.stack([np.arange(10), 7 * np.arange(10)], 1)
+    both = [report.median_interval(column) for column in columns.T]
+    np.testing.assert_allclose(report.median_interval(columns), np.transpose(both))
+
+
+def test_equal_values_give_a_point_and_one_has_no_interval():
+    for n in (2, 3, 4, 5, 6, 10):
+        for value in (3, math.inf):
+            assert report.median_interval([value] * n, positive=True) == pytest.approx((value,) * 3)
+    assert report.median_interval([7])[0] == 7 and np.isnan(report.median_interval([7])[1:]).all()
+    assert np.isnan(report.median_interval([math.nan])).all()
+    assert report.with_interval([61, math.nan]) == "61" and report.with_interval([math.nan]) == "–"
+
+
+def test_runs_that_never_converge_count_as_infinite():
+    inf = math.inf
+    assert report.median_interval([1, 2, 3, 4, inf], positive=True) == (3, 1, inf)
+    assert report.median_interval([1, 2, inf, inf, inf], positive=True) == (inf, 1, inf)
+    assert report.median_interval([1, 2, inf], positive=True) == (2, 0, inf)  # three such runs say nothing
+    # ten runs: no interpolation where an end is infinite; the second and the ninth
+    assert report.median_interval([1, 2, *[inf] * 8], positive=True) == (inf, 2, inf)
+    assert report.median_interval([*[1] * 8, inf, inf], positive=True) == (1, 1, inf)
+    assert report.with_interval([60, 70, 80, 90, inf], positive=True) == "80 [60, never]"
+
+
+def test_ratios_are_paired_by_seed():
+    theirs, ours = {1: 2, 2: 6, 3: 12, 4: 20, 5: 30, 6: 1}, {5: 5, 4: 4, 3: 3, 2: 2, 1: 1, 7: 9}
+    np.testing.assert_allclose(report.ratio_interval(theirs, ours), (4, 2, 6))  # 2, 3, 4, 5 and 6: their range
+    assert report.speed_up(theirs, ours) == "4× [2, 6]"
+    assert report.speed_up({1: 3}, {1: 2}) == "1.5×" and report.speed_up({1: 3}, {2: 2}) == "–"
+    assert report.speed_up({1: math.nan, 2: 4}, {1: 1, 2: 2}) == "2×"
+
+
+def test_ratios_of_runs_that_never_converge():
+    never, ours = math.inf, dict.fromkeys(range(5), 1.0)
+    theirs = {0: 2, 1: 2, 2: 3, 3: 3, 4: never}
+    assert report.speed_up(theirs, ours) == "3× [2, ∞]"
+    assert report.speed_up(ours, theirs) == "0.333× [0, 0.5]"
+    both = ours | {4: never}  # that of 4 can be anything from 0 to infinity, and the median anything from 2 to 3
+    assert report.speed_up({0: 2, 1: 2, 2: 3, 3: 3, 4: never}, both) == "– [0, ∞]"
+    assert report.speed_up({0: 2, 1: 3, 2: 3, 3: 3, 4: never}, both) == "3× [0, ∞]"
+    assert report.speed_up({0: never}, {0: never}) == "–"
+
+
+def test_an_interval_of_a_ratio_holds_the_median_ratio():
+    """Exponential times of theirs, twice as long as ours, of a seed that makes both longer or shorter by a factor."""
+    rng = np.random.default_rng(1)
+    hits = []
+    for _ in range(1000):
+        seed = np.exp(rng.normal(size=5))
+        theirs, ours = 2 * rng.exponential(size=5) * seed, rng.exponential(size=5) * seed
+        _, low, high = report.ratio_interval(dict(enumerate(theirs)), dict(enumerate(ours)))
+        hits.append(low <= 2 <= high)
+    assert abs(np.mean(hits) - 0.9375) < 4 * math.sqrt(0.9375 * 0.0625 / 1000)
+
+
+def pairs_won(n, wins):
+    """n runs and n others, such that the first need less in `wins` of the n² pairs."""
+    full, rest = divmod(wins, n)
+    return range(n), [n] * full + ([rest - 0.5] + [-1] * (n - full - 1) if full < n else [])
+
+
+# 0.93 less 4 Monte Carlo errors of 20,000 samples, √(0.93 · 0.07 / 20,000) = 0.0018; at 3 it is 0.90 where P = 1/2.
+@pytest.mark.parametrize("n, least", [(3, 0.89), (5, 0.93 - 0.0072), (10, 0.93 - 0.0072)])
+def test_the_interval_of_a_probability_of_improvement_holds_it(n, least):
+    rng = np.random.default_rng(n)
+    low, high = np.array([report.probability_interval(*pairs_won(n, wins))[1:] for wins in range(n * n + 1)]).T
+    shifts = np.sort(np.subtract(*rng.standard_t(3, size=(2, 400_000))))  # its quantiles are t's shifts
+    for p in (0.5, 0.8, 0.95):
+        others = {
+            "normal": lambda x, p=p: x + math.sqrt(2) * NormalDist().inv_cdf(p),
+            "exponential": lambda x, p=p: x * p / (1 - p),
+            "heavy tails": lambda x, p=p: x + shifts[int(p * len(shifts))],
+        }
+        for name, moved in others.items():
+            ours, theirs = (DISTRIBUTIONS[name][0](rng, (20_000, n)) for _ in range(2))
+            wins = (ours[:, :, None] < moved(theirs)[:, None, :]).sum((1, 2))
+            assert np.mean((low[wins] <= p + 1e-9) & (p - 1e-9 <= high[wins])) >= least, (name, p)
 
 
 def test_ema_by_hand():
@@ -41,9 +161,10 @@ def test_numbers_of_env_steps_are_short():
 
 def write_run(folder, algo, delta, returns, seconds=0.5, threshold=15.0, phi=("gravity (m/s²)",), failed=False):
     folder.mkdir(parents=True)
-    config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "seed": 1, "inner_steps": 1, "eval_steps": 2}
-    config |= {"beta": 0.001, "range": [-1.0 if len(phi) > 1 else 5.0, 15.0] * len(phi)}
-    (folder / "config.json").write_text(json.dumps(config | {"threshold": threshold, "phi_names": phi}))
+    config = {"env": "toy", "rl": "pg", "algo": algo, "delta": delta, "inner_steps": 1, "eval_steps": 2}
+    config |= {"seed": int(folder.name.removeprefix("seed")), "beta": 0.001, "threshold": threshold}
+    config |= {"phi_names": phi, "range": [-1.0 if len(phi) > 1 else 5.0, 15.0] * len(phi)}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = ["epoch,env_steps,seconds,sample_seconds,return_pre,return_post,return_med"]
     for i, x in enumerate(returns, 1):
         rows.append(f"{i},{100 * i},{seconds * i},{0.1 * i},{x - 1},{x},")
@@ -72,10 +193,15 @@ def experiment(tmp_path):
 
 
 def cells(root, label):
-    lines = (root / "report.md").read_text().splitlines()
-    header = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    row = next(line for line in lines if line.startswith(f"| {label} |"))
-    return dict(zip(header, (cell.strip() for cell in row.split("|")[1:-1]), strict=True))
+    """All cells of a line of report.md, from its three tables."""
+    found, header = {}, []
+    for line in (root / "report.md").read_text().splitlines():
+        row = [cell.strip() for cell in line.split("|")[1:-1]]
+        if row and row[0] == "algorithm":
+            header = row
+        elif row and row[0] == label:
+            found |= dict(zip(header, row, strict=True))
+    return found
 
 
 def test_the_table_by_hand(experiment):
@@ -83,22 +209,241 @@ def test_the_table_by_hand(experiment):
     maml, directed = cells(experiment, "maml"), cells(experiment, "directed-maml")
     assert maml["runs"] == "3" and maml["epochs trained"] == "6" and maml["converged"] == "2/3"
     assert maml["s per epoch"] == "0.5 ± 0" and maml["s per 1000 epochs"] == "500 ± 0"
-    assert maml["epochs to convergence"].startswith("never")  # three runs: nothing is trimmed, and one is infinite
+    assert maml["epochs to convergence"] == "4 [0, never]"  # of three runs one is infinite
     assert directed["converged"] == "3/3"
     assert directed["epochs to convergence"] == "2 [2, 2]"
     assert directed["env steps to convergence"] == "200 [200, 200]"
     assert directed["s to convergence"] == "2 [2, 2]"
     assert directed["final return"] == "100 [100, 100]"
     assert directed["held-out before"] == "10 [10, 10]" and directed["held-out after"] == "11 [11, 11]"
-    assert directed["speed-up by δ: epochs, steps, s"] == "–, –, –"  # no figure against a twin that is never there
+    assert directed["speed-up by δ: epochs; steps; s"] == "2× [0, ∞]; 2× [0, ∞]; 1× [0, ∞]"  # 4/2, 4/2 and never/2
+    assert directed["P(fewer epochs by δ)"].startswith("1.00 [")
 
 
-def test_the_speed_up_is_the_twins_figure_over_ones_own(experiment, tmp_path):
-    write_run(
-        experiment / "maml" / "seed4", "maml", None, [10.0] * 3 + [100.0] * 3
-    )  # four runs: the infinite one is cut
+def test_the_report_says_which_intervals_they_are_and_how_many_arms_are_compared(experiment, tmp_path):
     report.write(experiment)
-    assert cells(experiment, "directed-maml")["speed-up by δ: epochs, steps, s"] == "2.00×, 2.00×, 1.00×"
+    text = (experiment / "report.md").read_text()
+    assert (
+        "95% intervals for the median" in text
+        and "Arms compared: 2; epochs trained: 6 each; env steps trained: 600 each." in text
+    )
+
+
+def test_the_report_says_where_its_arms_had_unequal_budgets(experiment):
+    write_run(experiment / "fomaml" / "seed1", "fomaml", None, [10.0] * 3)
+    report.write(experiment)
+    text = (experiment / "report.md").read_text()
+    said = "Arms compared: 3; epochs trained: 3 to 6, not equal; env steps trained: 300 to 600, not equal."
+    assert text.count(said) == 3  # with every table
+    assert "over the first 300 env" in text
+
+
+# --- convergence, by two criteria ---
+
+
+def logged(returns, env_steps=None, failed=False):
+    epochs = np.arange(1.0, len(returns) + 1)
+    log = {"epoch": epochs, "env_steps": 100 * epochs if env_steps is None else np.array(env_steps, dtype=float)}
+    return {"failed": failed, "log": log | {"return_post": np.array(returns, dtype=float)}}
+
+
+def test_first_passage_and_sustained_by_hand():
+    """Over 9 in epochs 1 to 5 (10), under it in 6 to 25 (0), over it again in 26 to 65 (10): 65 epochs.
+
+    The smoothed return starts at 10: the first passage is epoch 1. A mean of 20 epochs is 10 n/20 with n of them good.
+    From epoch t in 6 .. 25 on n = t - 6; the first mean over 9, with n = 19, is that from epoch 25 on, and all later
+    ones are over it too. The mean over 10 never is: 10 is not over 10."""
+    run = logged([10] * 5 + [0] * 20 + [10] * 40)
+    assert report.spent(run, "convergence", "epoch", [9]) == [1]
+    assert report.spent(run, "sustained", "epoch", [9, 8.9, 0, 10]).tolist() == [25, 24, 7, math.inf]
+    assert report.spent(run, "sustained", "env_steps", [9]) == [2500]
+
+
+def test_what_does_not_stay_over_the_threshold_until_the_end_is_not_sustained():
+    """One epoch at 0 of 20 makes the last mean 9.5."""
+    run = logged([10] * 59 + [0])
+    assert report.spent(run, "sustained", "epoch", [9.4, 9.6]).tolist() == [1, math.inf]
+    assert report.spent(run, "convergence", "epoch", [9.6]) == [1]
+
+
+def test_of_fewer_than_20_epochs_and_of_failed_runs_none_is_sustained():
+    assert report.spent(logged([10] * 19), "sustained", "epoch", [9]) == [math.inf]
+    assert report.spent(logged([10] * 20), "sustained", "epoch", [9]) == [1]
+    for criterion in report.CRITERIA:
+        assert report.spent(logged([10] * 20, failed=True), criterion, "epoch", [9]) == [math.inf]
+    assert report.spent(logged([math.nan] * 20), "convergence", "epoch", [9]) == [math.inf]
+
+
+def test_the_area_is_the_mean_return_over_equal_env_steps():
+    """100 steps at 1, 300 at 2 and of the last 600, at 4, 100: (100 + 600 + 400) / 500 = 2.2."""
+    assert report.area(logged([1, 2, 4], [100, 400, 1000]), 500) == pytest.approx(2.2)
+    assert report.area(logged([1, 2], [100, 400], failed=True), 500) == pytest.approx((100 + 800) / 500)
+    runs = [logged([1, 2], [100, 400]), logged([1, 2], [150, 350]), logged([1], [50], failed=True)]
+    assert report.equal_env_steps({"a": runs[:1], "b": runs[1:]}) == 350
+    assert report.equal_env_steps({"a": runs[2:]}) == 50
+
+
+def test_both_criteria_and_the_area_are_in_the_summary_and_the_tables(tmp_path):
+    """maml is over 15 from epoch 21 on, directed-maml from epoch 11 on; both for good.
+
+    A mean of 20 epochs, n of them at 100 and the others at 10, is over 15 from n = 2 on, which is from 18 epochs before
+    the jump on: 3, and before the first. The means over 40 epochs are
+    (20 · 10 + 20 · 100) / 40 and (10 · 10 + 30 · 100) / 40."""
+    for seed in (1, 2):
+        write_run(tmp_path / "a" / f"seed{seed}", "maml", None, [10.0] * 20 + [100.0] * 20)
+        write_run(tmp_path / "b" / f"seed{seed}", "directed-maml", 0.1, [10.0] * 10 + [100.0] * 30)
+    report.write(tmp_path)
+    maml, directed = cells(tmp_path, "maml"), cells(tmp_path, "directed-maml")
+    assert maml["epochs to convergence"] == "21 [21, 21]" and directed["epochs to convergence"] == "11 [11, 11]"
+    assert maml["sustained"] == "2/2" and maml["epochs to sustained"] == "3 [3, 3]"
+    assert maml["env steps to sustained"] == "300 [300, 300]" and directed["env steps to sustained"] == "100 [100, 100]"
+    assert maml["area"] == "55 [55, 55]" and directed["area"] == "77.5 [77.5, 77.5]"
+    assert directed["speed-up by δ: epochs; steps; s, sustained"] == "3× [3, 3]; 3× [3, 3]; 3× [3, 3]"
+    assert directed["P(fewer epochs by δ, sustained)"].startswith("1.00 [")
+
+
+def test_a_summary_without_the_new_columns_shows_dashes(experiment):
+    report.write(experiment)
+    numbers = report.read_summary((experiment / "summary.csv").read_text())
+    old = {
+        label: {
+            key: x for key, x in runs.items() if "sustained" not in key and "area" not in key and key != "env_steps"
+        }
+        for label, runs in numbers.items()
+    }
+    line = report.cells("directed-maml", "directed-maml", old)
+    for column in ("sustained", "epochs to sustained", "area", "P(fewer epochs by δ, sustained)"):
+        assert line[column] == "–"
+    assert line["epochs to convergence"] == "2 [2, 2]"
+    assert "env steps trained: not recorded" in report.text(old, "toy, pg", "15")
+
+
+def test_the_medians_of_what_the_delta_step_does_are_shown_where_they_were_logged(tmp_path):
+    for algo, rows in (("maml", ["", "", ""]), ("directed-maml", ["2,4,0.5", "3,5,-0.5", "10,6,0.1"])):
+        write_run(tmp_path / algo / "seed1", algo, 0.1 if rows[0] else None, [1.0] * 3)
+        path = tmp_path / algo / "seed1" / "log.csv"
+        lines = path.read_text().splitlines()
+        columns = ["delta_norm,beta_norm,delta_beta_cosine", *(row or ",7," for row in rows)]
+        path.write_text("\n".join(f"{line},{more}" for line, more in zip(lines, columns, strict=True)) + "\n")
+    report.write(tmp_path)
+    names = ["norm of the δ-step", "norm of the β-step", "their cosine"]
+    assert [cells(tmp_path, "directed-maml")[name] for name in names] == ["3", "5", "0.1"]
+    assert [cells(tmp_path, "maml")[name] for name in names] == ["–", "7", "–"]
+
+
+def test_without_norms_in_the_log_the_tables_have_no_columns_for_them(experiment):
+    report.write(experiment)
+    assert "norm of the δ-step" not in cells(experiment, "directed-maml")
+
+
+def test_one_run_has_no_interval(tmp_path):
+    write_run(tmp_path / "seed1", "maml", None, [10.0] * 3 + [100.0])
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "[" not in text and "95%" not in text and "one run for each line" in text
+    assert cells(tmp_path, "maml")["epochs to convergence"] == "4"
+    titles = [report.over_seeds({"maml": [None] * runs, "fomaml": [None]}) for runs in (1, 2, 3)]
+    assert titles == ["", "; median over seeds", "; median over seeds, pointwise 95% interval"]
+    assert (tmp_path / "curves.csv").read_text().splitlines()[1] == '"maml",epoch,1,10,nan,nan'
+
+
+def test_a_run_that_is_there_twice_counts_once(experiment):
+    shutil.copytree(experiment / "maml" / "seed1", experiment / "other" / "seed1")
+    lines, left_out = report.write(experiment)
+    assert cells(experiment, "maml")["runs"] == "3"
+    assert len(left_out) == 1 and "the same settings and seed as" in left_out[0]
+
+
+# --- lines: runs that differ in nothing but their seeds ---
+
+
+def change(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_runs_that_differ_in_a_setting_are_lines_of_their_own_and_named_by_it(tmp_path):
+    for alpha in (0.001, 0.01, 0.1):
+        write_run(tmp_path / f"alpha{alpha}" / "seed1", "maml", None, [1.0] * 3)
+        change(tmp_path / f"alpha{alpha}" / "seed1", alpha=alpha, hidden=[64, 64])
+    write_run(tmp_path / "seed2", "maml", None, [1.0] * 3)
+    change(tmp_path / "seed2", alpha=0.1, hidden=[8])
+    labels, _ = report.read(tmp_path)
+    assert list(labels) == [
+        "maml, α = 0.001, hidden = 64 64", "maml, α = 0.01, hidden = 64 64", "maml, α = 0.1, hidden = 64 64",
+        "maml, α = 0.1, hidden = 8",
+    ]  # fmt: skip
+    report.write(tmp_path)
+    assert cells(tmp_path, "maml, α = 0.01, hidden = 64 64")["runs"] == "1"
+
+
+def test_algorithms_that_differ_in_a_setting_are_named_by_it_but_for_reptiles_own(tmp_path):
+    write_run(tmp_path / "a" / "seed1", "maml", None, [1.0] * 3)
+    write_run(tmp_path / "b" / "seed1", "reptile", None, [1.0] * 3)
+    change(tmp_path / "b" / "seed1", beta=1, inner_steps=5)
+    assert list(report.read(tmp_path)[0]) == ["maml", "reptile"]
+    change(tmp_path / "b" / "seed1", beta=1, inner_steps=5, tasks=20)
+    change(tmp_path / "a" / "seed1", tasks=5)
+    assert list(report.read(tmp_path)[0]) == ["maml, tasks = 5", "reptile, tasks = 20"]
+
+
+def test_what_follows_from_other_settings_or_does_not_matter_names_no_line(tmp_path):
+    for alpha, epochs in ((0.001, 10), (0.01, 20)):
+        write_run(tmp_path / f"{alpha}" / "seed1", "meta-sgd", None, [1.0] * 3)
+        change(tmp_path / f"{alpha}" / "seed1", alpha=alpha, beta_alpha=alpha * 0.001, epochs=epochs, device="cpu")
+    assert list(report.read(tmp_path)[0]) == ["meta-sgd, α = 0.001", "meta-sgd, α = 0.01"]
+    change(tmp_path / "0.01" / "seed1", alpha=0.001, beta_alpha=0.001)
+    assert "meta-sgd, beta_alpha = 0.001" in report.read(tmp_path)[0]
+
+
+def test_numbers_written_as_1_and_1_0_are_the_same_setting(tmp_path):
+    for seed, beta in ((1, 1), (2, 1.0)):
+        write_run(tmp_path / f"seed{seed}", "maml", None, [1.0] * 3)
+        change(tmp_path / f"seed{seed}", beta=beta)
+    assert len(report.read(tmp_path)[0]["maml"]) == 2
+
+
+SPEED_UP = "speed-up by δ: epochs; steps; s"
+
+
+def test_a_speed_up_is_shown_only_where_the_delta_step_is_all_that_differs(experiment):
+    report.write(experiment)
+    assert cells(experiment, "directed-maml")[SPEED_UP].startswith("2×")
+    directed = list(experiment.glob("directed-maml/*/*"))
+    for folder in directed:
+        change(folder, medium="random", delta_schedule="decay")
+    report.write(experiment)
+    assert cells(experiment, "directed-maml")[SPEED_UP].startswith("2×")
+    for folder in directed:
+        change(folder, trajectories=20)
+    for folder in experiment.glob("maml/*"):
+        change(folder, trajectories=10)
+    report.write(experiment)
+    line = cells(experiment, "directed-maml, trajectories = 20")
+    assert line[SPEED_UP] == line["P(fewer epochs by δ)"] == "–"
+
+
+def test_each_directed_line_is_compared_with_its_own_counterpart(tmp_path):
+    """maml gets there in 4 epochs with α = 1 and in 3 with α = 2; directed-maml in 2 with either."""
+    for alpha, epochs in ((1, 4), (2, 3)):
+        write_run(tmp_path / f"a{alpha}" / "seed1", "maml", None, [10.0] * (epochs - 1) + [100.0])
+        write_run(tmp_path / f"b{alpha}" / "seed1", "directed-maml", 0.1, [10.0, 100.0])
+        for name in "ab":
+            change(tmp_path / f"{name}{alpha}" / "seed1", alpha=alpha)
+    report.write(tmp_path)
+    assert cells(tmp_path, "directed-maml, α = 1")[SPEED_UP] == "2×; 2×; 2×"
+    assert cells(tmp_path, "directed-maml, α = 2")[SPEED_UP] == "1.5×; 1.5×; 1.5×"
+
+
+def test_old_summaries_compare_the_lines_of_one_command_unless_their_beta_differs(experiment):
+    report.write(experiment)
+    numbers = report.read_summary((experiment / "summary.csv").read_text())
+    for runs in numbers.values():
+        del runs["counterpart"]
+    assert report.by_delta("directed-maml", numbers)[0].startswith("2×")
+    assert report.by_delta("maml", numbers) == ("–", "–")
+    numbers["maml"]["beta"] = [0.002] * 3
+    assert report.by_delta("directed-maml", numbers) == ("–", "–")
 
 
 def test_failed_runs_are_counted_and_not_dropped(experiment):
@@ -124,9 +469,9 @@ def test_held_out_tasks_inside_and_outside_phi_by_the_number_of_steps(tmp_path):
     assert [numbers[f"held_out_inside_{step}"] for step in range(3)] == [[10], [20], [30]]
     assert [numbers[f"held_out_outside_{step}"] for step in range(3)] == [[15], [30], [45]]
     line = report.cells("maml", "maml", {"maml": numbers})
-    assert line["held-out before"] == line["inside Φ, 0 steps"] == "10 [10, 10]"
-    assert line["held-out after"] == line["inside Φ, 1 step"] == "20 [20, 20]"
-    assert "outside Φ, 2 steps" in report.tables({"maml": numbers})[1]
+    assert line["held-out before"] == line["inside Φ, 0 steps"] == "10"
+    assert line["held-out after"] == line["inside Φ, 1 step"] == "20"
+    assert "outside Φ, 2 steps" in report.tables({"maml": numbers})[2]
 
 
 def test_tables_without_a_held_out_task_outside_phi_have_no_columns_for_them(experiment):
@@ -139,7 +484,7 @@ def test_runs_evaluated_after_different_numbers_of_steps_share_a_summary(experim
     config = json.loads((experiment / "fomaml" / "seed1" / "config.json").read_text())
     (experiment / "fomaml" / "seed1" / "config.json").write_text(json.dumps(config | {"eval_steps": 1}))
     report.write(experiment)
-    assert "| fomaml | 10 [10, 10] | 11 [11, 11] | – |" in (experiment / "report.md").read_text()
+    assert "| fomaml, eval_steps = 1 | 10 | 11 | – |" in (experiment / "report.md").read_text()
 
 
 def test_without_an_undirected_twin_delta_0_is_the_twin(tmp_path):
@@ -147,13 +492,22 @@ def test_without_an_undirected_twin_delta_0_is_the_twin(tmp_path):
     write_run(tmp_path / "delta0.1" / "seed1", "directed-maml", 0.1, [10.0, 100.0])
     report.write(tmp_path)
     assert cells(tmp_path, "directed-maml, δ = 0")["P(fewer epochs by δ)"] == "–"
-    assert cells(tmp_path, "directed-maml, δ = 0.1")["speed-up by δ: epochs, steps, s"].startswith("2.00×")
+    assert cells(tmp_path, "directed-maml, δ = 0.1")["speed-up by δ: epochs; steps; s"] == "2×; 2×; 2×"
 
 
 def test_the_probability_of_improvement_by_hand():
-    """Of four pairs (1 or 3 against 2 or 3): 1 < 2, 1 < 3, 3 > 2, and a tie, which counts half: 2.5 / 4."""
-    assert report.improvement([1, 3], [2, 3]).startswith("0.62 [")
-    assert report.improvement([1, 2], [math.inf, 3]) == "1.00 [1.00, 1.00]"
+    """Of four pairs (1 or 3 against 2 or 3): 1 < 2, 1 < 3, 3 > 2, and a tie, which counts half: 2.5 / 4.
+
+    If all pairs of 5 and 5 runs agree, the low end P has 25 (1 - P) = 1.96² P [1 + 4 ((1 - P)/(2 - P) + P/(1 + P))]:
+    at 0.6427 that is 8.932 = 3.8416 · 0.6427 · [1 + 4 (0.2633 + 0.3912)] = 8.933."""
+    p, low, high = report.probability_interval([1, 3], [2, 3])
+    assert p == 0.625 and low < 0.5 < high
+    np.testing.assert_allclose(report.probability_interval([1] * 5, [math.inf] * 5), (1, 0.6427, 1), atol=1e-4)
+    np.testing.assert_allclose(report.probability_interval([2] * 5, [1] * 5), (0, 0, 1 - 0.6427), atol=1e-4)
+    assert report.probability_interval([math.inf] * 3, [math.inf, math.inf, math.nan])[0] == 0.5
+    assert report.improvement([1] * 5, [2] * 5) == "1.00 [0.64, 1.00]"
+    assert report.improvement([1], [2, 3]) == report.improvement([1, 2], [3]) == "–"
+    assert np.isnan(report.probability_interval([], [1])).all()
 
 
 def test_the_tables_are_made_of_summary_csv_alone(experiment):
@@ -168,17 +522,44 @@ def test_the_command_writes_reports_and_says_in_one_line_what_is_not_a_folder(ex
     assert "report.md" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         report.main([str(experiment / "x")])
-    assert str(stop.value) == f"report.py: {experiment / 'x'}: ValueError: not a folder"
+    assert str(stop.value) == f"report.py: {experiment / 'x'}: there is no such folder"
+
+
+def test_the_command_without_a_folder_says_how_to_use_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main([])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("usage: report.py [-h] FOLDER")
 
 
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])
 def test_figures_are_drawn(tmp_path, phi, figures):
     write_run(tmp_path / "a" / "seed1", "maml", None, [1.0, 2.0], phi=phi)
-    write_run(tmp_path / "b" / "seed1", "directed-maml", 0.1, [1.0, 2.0], phi=phi)
+    for seed in (1, 2, 3):
+        write_run(tmp_path / "b" / f"seed{seed}", "directed-maml", 0.1, [1.0, 2.0] * 15, phi=phi)
     lines, left_out = report.write(tmp_path)
-    assert len(lines) == 3 and left_out == []
-    for name in ("curves.png", "adaptation.png"):
+    assert len(lines) == 4 and left_out == []
+    for name in ("curves.png", "thresholds.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_passages_of_a_figure_by_hand():
+    """Runs that reach 10, 20 and 30 in their first epochs of 100, 200 and 300 env steps: over 5 at the median of those,
+    over 15 at 200, 300 and never, over 25 at 300, never and never, which ends the line."""
+    runs = [logged([reached] * 20, steps + np.arange(20)) for reached, steps in ((10, 100), (20, 200), (30, 300))]
+    x, middle, low, high = report.passages(runs, "convergence", np.array([5, 15, 25]))
+    np.testing.assert_array_equal(x, [5, 15, 25])
+    np.testing.assert_array_equal(middle, [200, 300, math.nan])
+    assert low[0] < 100 and 300 < high[0] <= 319 and high[1] == 319  # the band ends with the training
+
+
+def test_ticks_are_short():
+    assert [report.short(x) for x in (-200_000.0, 0.0, 350_000.0, 1.2e6)] == ["-200k", "0", "350k", "1.2M"]
+
+
+def test_lines_have_looks_of_their_own_however_many_values_an_algorithm_has():
+    runs = [{"config": {"algo": algo}} for algo in ("maml", "maml", "directed-maml", "fomaml", "fomaml")]
+    looks = report.style({str(i): [run] for i, run in enumerate(runs)}, lambda x: x)
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 5
 
 
 def test_held_out_returns_of_a_plane_are_averaged_over_equal_distance(tmp_path):

@@ -42,7 +42,12 @@ def marker(**lines):
     return f"<!-- report {json.dumps({'columns': ['runs', 'epochs to convergence'], 'lines': lines})} -->"
 
 
-TABLE = "| algorithm | runs | epochs to convergence |\n| --- | --- | --- |\n| ours | 3 | 2 [2, 2] |\n"
+TABLE = """| algorithm | runs | epochs to convergence |
+| --- | --- | --- |
+| ours | 3 | 2 [2, 2] |
+
+Arms compared: 1; epochs trained: 10 each; env steps trained: not recorded.
+"""
 
 
 @pytest.fixture
@@ -71,6 +76,18 @@ def test_every_flag_is_in_the_flag_table_once_in_the_group_that_help_shows(page)
     assert shown == sum(expected, [])
     assert all(row.count(" | ") == 2 and "None" not in row for row in rows)
     assert fill.is_filled(page)
+
+
+def test_a_table_says_whether_its_arms_had_equal_budgets(page):
+    summary = page.parent / "other" / "summary.csv"
+    write_summary(summary.parent, "maml", 0.001, 0, [200])
+    summary.write_text(summary.read_text().replace("maml,maml,0.001,0,1,0,10,", "maml,maml,0.001,0,1,0,30,"))
+    page.write_text(marker(ours="toy-pg/maml", theirs="other/maml") + "\n")
+    fill.fill(page)
+    assert (
+        "\n\nArms compared: 2; epochs trained: 10 to 30, not equal; env steps trained: not recorded.\n"
+        in page.read_text()
+    )
 
 
 def test_a_comment_without_a_table_gets_one_and_two_in_a_page_stay_apart(page):
@@ -215,8 +232,10 @@ echo "$@" >> commands.txt
 [ "$1" = run.py ] || exit 0
 while [ "$1" != --out ]; do shift; done
 mkdir -p "$2/x"
-cd "$2/x" && touch report.md summary.csv curves.csv curves.png adaptation.png
+cd "$2/x" && touch report.md summary.csv curves.csv curves.png thresholds.png adaptation.png
 """
+
+FILES = ("report.md", "summary.csv", "curves.csv", "curves.png", "thresholds.png", "adaptation.png")
 
 
 def run_all(root, *arguments):
@@ -237,7 +256,7 @@ def test_run_all_trains_what_is_named_and_copies_its_results(tmp_path):
     done = run_all(tmp_path, "fig3", "controls/velocity")
     assert done.returncode == 0, done.stderr
     made = {path.relative_to(tmp_path / "results").as_posix() for path in (tmp_path / "results").glob("**/*.*")}
-    figures = {f"fig3/{name}" for name in ("report.md", "summary.csv", "curves.csv", "curves.png", "adaptation.png")}
+    figures = {f"fig3/{name}" for name in FILES}
     controls = {f"controls/velocity/{name}/summary.csv" for name in ("beta", "random", "samples")}
     assert made == {"run_all.sh"} | figures | controls
     commands = (tmp_path / "commands.txt").read_text().splitlines()

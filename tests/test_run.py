@@ -37,17 +37,15 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
         for setting, entry in zip(settings, entries, strict=True):
             assert setting.help in entry
             assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
-            without = setting.name in ("env", "algo", "param", "watch", "like") or setting.type is bool
-            assert ("(default " in entry) != without, entry
+            always_given = setting.name in ("env", "algo", "param", "watch", "like") or setting.type is bool
+            assert ("(default " in entry) != always_given, entry
 
 
-def test_the_examples_of_help_are_accepted(tmp_path, monkeypatch):
-    train(tmp_path / "runs", algo="maml", epochs=1)  # what --like and --watch name
-    monkeypatch.chdir(tmp_path)
-    required = {"env": "cartpole", "algo": "directed-meta-sgd", "rl": "ac", "watch": "run"}
+def test_the_examples_of_help_are_accepted():
+    required = {"env": "cartpole", "algo": "directed-maml directed-meta-sgd", "rl": "ac", "watch": "run"}
     for name, setting in run.ALL_SETTINGS.items():
-        words = [word for key, value in required.items() if key != name for word in (f"--{key}", value)]
-        if setting.type is not bool:
+        words = [word for key, value in required.items() if key != name for word in (f"--{key}", *value.split())]
+        if setting.type is not bool and name != "like":  # which must exist
             run.parse([*words, setting.flag, *setting.example.split()])
 
 
@@ -77,22 +75,13 @@ def test_config_json_alone_repeats_the_run(tmp_path):
     config = json.loads((tmp_path / "first" / folder / "config.json").read_text())
     again = ["--out", str(tmp_path / "again"), "--quiet"]
     for name, value in config.items():
-        if name in run.ALL_SETTINGS and value is not None:
+        if name in run.ALL_SETTINGS and value is not None and value is not False:
             again += [run.ALL_SETTINGS[name].flag, *map(str, value if isinstance(value, list) else [value])]
     run.main(again)
     for name in ("log.csv", "eval.csv", "config.json"):
         first, again = (tmp_path / out / folder / name for out in ("first", "again"))
         assert first.read_text() == again.read_text() if name == "config.json" else rows(first) == rows(again)
     assert config["versions"]["torch"] == torch.__version__ and config["phi_names"] == ["gravity (m/s²)"]
-
-
-def test_like_repeats_a_run_and_other_flags_override_it(tmp_path):
-    words = ["--range", 6, 14, "--medium", 9, "--eval-range", 0, 20, "--seed", 3, "--alpha", 0.01]
-    train(tmp_path, *words, algo="directed-maml", epochs=2)
-    first, again = (tmp_path / "cartpole-pg/directed-maml/delta0.005" / seed for seed in ("seed3", "seed4"))
-    run.main(["--like", str(first), "--seed", "4", "--out", str(tmp_path), "--quiet"])
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, again)]
-    assert configs[1] == configs[0] | {"seed": 4} and len(rows(again / "log.csv")) == 2
 
 
 def test_the_settings_of_the_delta_step_are_those_of_directed_runs_alone(tmp_path):
@@ -113,8 +102,8 @@ FLAGS = [
     (["--delta", "nan"], "--delta: 'nan': expected a finite number >= 0"),
     (["--delta", "inf"], "--delta: 'inf': expected a finite number >= 0"),
     (["--delta", "1e999"], "--delta: '1e999': expected a finite number >= 0"),
-    (["--alpha", "0"], "--alpha: '0': expected a finite number > 0"),
-    (["--alpha", "small"], "--alpha: 'small': expected a finite number > 0"),
+    (["--alpha", "-1"], "--alpha: '-1': expected a finite number >= 0"),
+    (["--alpha", "small"], "--alpha: 'small': expected a finite number >= 0"),
     (["--beta", "-1"], "--beta: '-1': expected a finite number > 0"),
     (["--beta-alpha", "0"], "--beta-alpha: '0': expected a finite number > 0"),
     (["--gamma", "1.5"], "--gamma: '1.5': expected a finite number > 0 and <= 1"),
@@ -125,7 +114,6 @@ FLAGS = [
     (["--seed", "5-1"], "--seed: '5-1': expected FIRST-LAST, at least one seed and at most a million"),
     (["--seed", "1-3000000000"], "--seed: '1-3000000000': expected FIRST-LAST"),
     (["--seed", "1-5", "3"], "--seed 1 2 3 4 5 3: duplicate value"),
-    (["--seed", "1,2"], "--seed: '1,2': separate values by spaces: 1 2"),
     (["--seed", "one"], "--seed: 'one': expected a finite whole number >= 0"),
     (["--tasks", "0"], "--tasks: '0': expected a finite whole number >= 1"),
     (["--trajectories", "0"], "--trajectories: '0': expected a finite whole number >= 1"),
@@ -148,10 +136,14 @@ FLAGS = [
     (["--eval-range", "20", "0"], "--eval-range 20 0: expected finite numbers, LOW first"),
     (
         ["--algo", "directed-maml", "--medium", "9", "8"],
-        "--medium 9 8: expected mean, sampled, median, random or 1 number(s): gravity (m/s²)",
+        "--medium 9 8: expected mean, sampled, median, ",
     ),
     (["--algo", "directed-maml", "--medium", "middle"], "--medium middle: expected mean, sampled, median, random"),
     (["--algo", "directed-maml", "--medium", "nan"], "--medium nan: expected mean, sampled, median, random"),
+    (["--algo", "maml,fomaml"], "--algo: 'maml,fomaml': separate values by spaces: maml fomaml"),
+    (["--seed", "1,2"], "--seed: '1,2': separate values by spaces: 1 2"),
+    (["stray"], "stray: a value that no flag takes"),
+    (["--like", "no-such-run"], "--like no-such-run: FileNotFoundError"),
     # missing values
     (["--delta"], "--delta: expected at least one argument"),
     (["--tasks"], "--tasks: expected one argument"),
@@ -199,8 +191,7 @@ FLAGS = [
     (["--env", "Pendulum-v1", "--param", "l", "--range", "0", "1"], "--range: Pendulum-v1 fails at l = 0"),
     (["--env", "CartPole-v1", "--param", "masscart", "--range", "1", "2"], "give the same episode, so it is no task"),
     (["--env", "Blackjack-v1", "--param", "natural", "--range", "0", "1"], "Blackjack-v1: observations are Tuple"),
-    # a run to repeat, and one to watch
-    (["--like", "no-such-run"], "--like no-such-run: FileNotFoundError: "),
+    # a run to watch
     (["--watch", "no-such-run"], "no-such-run: there is no checkpoint.pt; name the folder of one run"),
 ]
 
@@ -219,20 +210,34 @@ def test_an_environment_and_an_algorithm_are_required(capsys, words):
     assert stop.value.code == 2 and "--env and --algo are required, e.g." in capsys.readouterr().err
 
 
+def test_like_takes_every_setting_of_a_run_and_other_flags_override_it(tmp_path):
+    words = ["--range", "-1e-1", 1, "-1.", 1, "--delta", 1e-5, "--medium", "sampled", "--alpha", 0.02]
+    train(tmp_path, *words, env="point", algo="directed-maml")
+    folder = tmp_path / "point-pg/directed-maml"
+    run.main(["--like", str(folder / "delta1e-05/seed1"), "--seed", "7", "--out", str(tmp_path), "--quiet"])
+    first, second = (json.loads((folder / f"delta1e-05/seed{seed}/config.json").read_text()) for seed in (1, 7))
+    assert first | {"seed": 7} == second and second["range"] == [-0.1, 1, -1, 1] and second["epochs"] == 4
+
+
+def test_a_range_of_seeds():
+    args = run.parse(["--env", "point", "--algo", "maml", "--seed", "1-3", "7"])
+    assert args.seed == [1, 2, 3, 7]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_cuda_asked_for_and_absent(tmp_path, capsys):
     assert "--device cuda: no CUDA device" in refused(capsys, tmp_path, "--device", "cuda")
 
 
-@pytest.mark.parametrize("words", [["--hidden", 10**9], ["--hidden", 64, "--tasks", 10**8], ["--seed", "1-1000000"]])
-def test_what_cannot_fit_into_memory_is_refused_before_it_starts(tmp_path, capsys, words):
-    error = refused(capsys, tmp_path, *words, "--hidden", 10**5, 10**5)
-    assert "GiB of memory at the least" in error and "give fewer --seed, --delta, --tasks" in error
+def test_too_large_for_the_memory(tmp_path, capsys):
+    for words in (["--hidden", 10**9], ["--tasks", 10**9], ["--trajectories", 10**8], ["--horizon", 10**9]):
+        error = refused(capsys, tmp_path, *words)
+        assert "run.py: this needs " in error and "GiB of memory at the least, and the machine has" in error
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
-def test_what_does_not_fit_all_the_same_is_one_line(tmp_path, capsys, monkeypatch, error):
+def test_memory_that_runs_out_while_it_trains_is_one_line(tmp_path, capsys, monkeypatch, error):
     def full(*args):
         raise error
 
@@ -287,7 +292,7 @@ def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl
         assert 0 < float(log[0]["sample_seconds"]) < float(log[0]["seconds"]) < float(log[1]["seconds"])
         assert (log[0]["return_med"] != "") == algo.startswith("directed")
         evaluation = rows(folder / "eval.csv")
-        grid, steps = 25 if env == "point" else 11, "0123"
+        grid, steps = 36 if env == "point" else 10, "0123"
         assert list(evaluation[0]) == TABLES["eval"] and len(evaluation) == grid * len(steps)
         assert [row["step"] for row in evaluation[:4]] == list(steps)
         config = json.loads((folder / "config.json").read_text())
@@ -308,29 +313,37 @@ def test_env_steps_count_what_was_sampled(tmp_path):
 # --- steps ---
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_an_optimizer_is_torchs_with_a_step_size_for_each_run(name):
-    """Two parameters of two runs, three steps, in float64; torch's optimiser has each run's parameters for itself."""
-    g = torch.Generator().manual_seed(0)
-    params = [torch.randn(2, 1, *shape, generator=g, dtype=torch.float64) for shape in ((3, 4), (1, 4))]
-    betas = [torch.tensor([0.1, 0.3]).double(), torch.tensor([0.2, 0.4]).double()]
-    alone = [[p[i : i + 1].clone() for p in params] for i in range(2)]
-    ours = run.OPTIMIZERS[name](params, betas)
-    torchs = [
-        {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name](
-            [{"params": [p], "lr": float(beta[i])} for p, beta in zip(alone[i], betas, strict=True)]
-        )
-        for i in range(2)
-    ]
-    for _ in range(3):
-        for k, p in enumerate(params):
-            p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
-            for i in range(2):
-                alone[i][k].grad = p.grad[i : i + 1].clone()
-        for optimizer in (ours, *torchs):
+@pytest.mark.parametrize(("ours", "torchs"), [(run.SGD, torch.optim.SGD), (run.Adam, torch.optim.Adam)])
+def test_the_beta_step_of_every_run_is_torchs_with_that_runs_beta(ours, torchs):
+    betas, g = torch.tensor([0.1, 0.003], dtype=torch.float64), torch.Generator().manual_seed(0)
+    theta, gradients = torch.randn(2, 1, 3, 4, generator=g), torch.randn(3, 2, 1, 3, 4, generator=g)
+    together = theta.clone()
+    optimizer = ours([together], [betas])
+    for gradient in gradients:
+        together.grad = gradient
+        optimizer.step()
+    for i, beta in enumerate(betas.tolist()):
+        alone = theta[i : i + 1].clone()
+        optimizer = torchs([alone], lr=beta)
+        for gradient in gradients:
+            alone.grad = gradient[i : i + 1].clone()
             optimizer.step()
-    for k, p in enumerate(params):
-        torch.testing.assert_close(p, torch.cat([alone[i][k] for i in range(2)]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_alpha_and_beta_vary_in_one_program_as_in_programs_of_their_own(tmp_path):
+    for algo, optimizer in (("directed-maml", "adam"), ("meta-sgd", "sgd"), ("reptile", "sgd")):
+        words = ["--optimizer", optimizer, "--workers", 1]
+        train(tmp_path / "all", *words, "--alpha", 0.001, 0.1, "--beta", 0.01, 0.03, algo=algo)
+        for alpha, beta in ((0.001, 0.03), (0.1, 0.01)):
+            train(tmp_path / f"{alpha}-{beta}", *words, "--alpha", alpha, "--beta", beta, algo=algo)
+            delta = "delta0.005/" if algo.startswith("directed") else ""
+            folder = f"alpha{alpha:g}/beta{beta:g}/{delta}seed1"
+            together = tmp_path / "all/cartpole-pg" / algo / folder
+            alone = tmp_path / f"{alpha}-{beta}/cartpole-pg" / algo / f"{delta}seed1"
+            assert rows(together / "log.csv") == rows(alone / "log.csv")
+            states = [torch.load(x / "checkpoint.pt", weights_only=True)["theta"] for x in (together, alone)]
+            assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_meta_sgds_alpha_has_a_step_of_its_own(tmp_path):
@@ -454,9 +467,8 @@ def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resumin
         error = capsys.readouterr().err.splitlines()
         assert stop.value.code == 1 and len(error) == 2
         for seed, line in zip((1, 2), error, strict=True):
-            assert (
-                line.startswith(f"run.py: {algo}, seed {seed}, ") and "delta 1e+39: a loss or parameter is not" in line
-            )
+            folder = root / f"delta1e+39/seed{seed}"
+            assert line.startswith(f"run.py: {folder}: a loss or parameter is not finite after epoch 1; try a smaller")
             assert (root / f"delta1e+39/seed{seed}/failed.txt").read_text() == line.removeprefix("run.py: ") + "\n"
         assert f"| {algo}, δ = 1e+39 | 2 (2 failed) | 1 |" in (root.parent / "report.md").read_text(encoding="utf-8")
     for seed in (1, 2):
@@ -473,9 +485,9 @@ def test_a_loss_that_is_not_finite_stops_its_run_though_the_parameters_are(tmp_p
 
     monkeypatch.setitem(policies.LOSSES, "pg", pg)
     with pytest.raises(SystemExit):
-        train(tmp_path, "--seed", 1, 2, epochs=1)
+        train(tmp_path, "--seed", 1, 2, "--workers", 1, epochs=1)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "fomaml, seed 2, " in error and "is not finite after epoch 1" in error
+    assert error.count("\n") == 1 and "fomaml/seed2: a loss or parameter is not finite after epoch 1" in error
     states = [tmp_path / f"cartpole-pg/fomaml/seed{seed}/checkpoint.pt" for seed in (1, 2)]
     assert states[0].exists() and not states[1].exists()
 
