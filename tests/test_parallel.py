@@ -28,8 +28,22 @@ from tests.test_envs import BATCHED, trained_on
 GYM = ["--param", "g", "--range", "5", "15"]
 PENDULUM = ["--env", "Pendulum-v1", *GYM, "--algo", "fomaml", "--workers", "2"]
 PENDULUM_RUN = "Pendulum-v1-pg/fomaml/seed1"
+COMMAND = ["--env", "point", "--algo", "directed-maml", "--seed", 1, 2, "--tasks", 10]  # of ranks
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torchrun(tmp_path_factory):
+    """A training by torchrun itself, two ranks and two epochs: its process, and the folder. Three processes that import
+    torch take long, so it starts with the first test of this file, beside those before the one that waits for it."""
+    out = tmp_path_factory.mktemp("torchrun")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
+    words += ["--epochs", "2", "--out", str(out), *SMALL, *map(str, COMMAND)]
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    yield process, out
+    process.terminate()  # which ends its ranks too
+    process.wait()
 
 
 # --- sampling workers ---
@@ -338,8 +352,6 @@ def test_a_terminals_ctrl_c_reaches_the_workers_too_and_harms_nothing(tmp_path, 
 
 # --- torchrun's ranks ---
 
-COMMAND = ["--env", "point", "--algo", "directed-maml", "--seed", 1, 2, "--tasks", 10]
-
 
 @pytest.fixture
 def start_ranks(start):
@@ -400,14 +412,11 @@ def test_five_ranks_make_the_numbers_of_one_up_to_summation_order(alone, tmp_pat
     assert_same_numbers(tmp_path, alone)
 
 
-def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
-    subprocess.run(
-        [*torchrun, "--epochs", "2", "--out", tmp_path, *SMALL, *map(str, COMMAND)], cwd=REPOSITORY, check=True,
-        timeout=5 * PATIENCE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    train(tmp_path, *COMMAND, "--resume", epochs=3)
-    assert_same_numbers(tmp_path, alone)
+def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, torchrun):
+    process, out = torchrun
+    assert process.wait(timeout=5 * PATIENCE) == 0
+    train(out, *COMMAND, "--resume", epochs=3)
+    assert_same_numbers(out, alone)
 
 
 def test_tasks_that_the_ranks_cannot_share_evenly_are_refused(tmp_path, start_ranks):
