@@ -281,7 +281,7 @@ def test_spaces_and_letters_of_other_scripts_in_a_relative_path_in_the_c_locale_
 @pytest.mark.parametrize("env", ["cartpole", "point", "velocity"])
 @pytest.mark.parametrize("rl", ["pg", "ac"])
 def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl):
-    train(tmp_path, "--rl", rl, "--seed", 1, 2, env=env, algo=" ".join(run.ALGORITHMS), epochs=2)
+    train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(run.ALGORITHMS), epochs=2)
     root = tmp_path / f"{env}-{rl}"
     for algo in run.ALGORITHMS:
         delta = "delta0.0015" if env == "velocity" else "delta0.005"
