@@ -240,8 +240,6 @@ def serve(pipe, env, make_act, index, count):
     """What a sampling worker runs: answers (params, phi, noise) with its trajectories (n, ...), {} where it has none,
     or a ProcessError, until the main process ends."""
     end_with_parent()
-    if os.getppid() != multiprocessing.parent_process().pid:  # it had ended before; a forked pipe does not show that
-        return
     torch.set_num_threads(1)
     own = slice(index, None, count)
     env = replace(env, dynamics=partial(env.dynamics, own=own))
@@ -269,6 +267,9 @@ def end_with_parent(signum=signal.SIGKILL):
     """Have Linux end this process when its parent is gone, however that ended. Elsewhere the closed pipe ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signum)  # PR_SET_PDEATHSIG
+        parent = multiprocessing.parent_process()
+        if parent and os.getppid() != parent.pid:  # it had ended before; a pipe that was forked does not show that
+            os.kill(os.getpid(), signum)
 
 
 @contextlib.contextmanager

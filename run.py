@@ -436,7 +436,10 @@ def seeds(text):
     first, dash, last = text.partition("-")
     if not (first and dash):
         return number(int, 0)(text)
-    return range(number(int, 0)(first), number(int, 0)(last) + 1)
+    all_of_them = range(number(int, 0)(first), number(int, 0)(last) + 1)
+    if not 0 < all_of_them.stop - all_of_them.start <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FIRST-LAST, at least one seed and at most a million")
+    return all_of_them
 
 
 ALGORITHMS = (*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS))

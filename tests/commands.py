@@ -16,7 +16,8 @@ import parallel
 import run
 
 REPOSITORY = Path(run.__file__).parent
-SMALL = ["--tasks", "2", "--trajectories", "3", "--horizon", "12", "--hidden", "8", "--eval-every", "2", "--quiet"]
+SMALL = ["--tasks", "2", "--trajectories", "3", "--horizon", "12", "--hidden", "8", "--eval-every", "2"]
+SMALL += ["--eval-steps", "1", "--workers", "1", "--quiet"]
 TIMES = ("seconds", "sample_seconds")
 PATIENCE = 120  # seconds that a test waits for what takes one or two on an idle machine
 

@@ -12,18 +12,23 @@ from tests.commands import SMALL, Command
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs
 
 
-@pytest.fixture(autouse=True)
-def no_figures(request, monkeypatch):
+FIGURES = {name: getattr(report, name) for name in ("draw_curves", "draw_thresholds", "draw_adaptation")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures():
     """Figures take a second each, most of a small training's time: only a test that uses `figures` draws them."""
-    if "figures" not in request.fixturenames:
-        monkeypatch.setattr(report, "draw_curves", lambda plt, labels, path: None)
-        monkeypatch.setattr(report, "draw_thresholds", lambda plt, labels, path: None)
-        monkeypatch.setattr(report, "draw_adaptation", lambda plt, labels, path: False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FIGURES:
+            patch.setattr(report, name, lambda plt, labels, path: False)
+        yield
 
 
 @pytest.fixture
-def figures():
+def figures(monkeypatch):
     pytest.importorskip("matplotlib")
+    for name, draw in FIGURES.items():
+        monkeypatch.setattr(report, name, draw)
 
 
 @pytest.fixture

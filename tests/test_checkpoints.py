@@ -310,11 +310,21 @@ class Crash(BaseException):
     pass
 
 
+THREE_RUNS = ["--seed", 1, 2, 3, "--optimizer", "adam", "--workers", 1]
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    """The folder of a sweep that nothing interrupted."""
+    out = tmp_path_factory.mktemp("three-runs")
+    train(out, *THREE_RUNS)
+    return out
+
+
 @pytest.mark.parametrize("count", range(1, 9))
-def test_a_crash_at_any_step_of_writing_checkpoints_parts_no_sweep(tmp_path, monkeypatch, count):
+def test_a_crash_at_any_step_of_writing_checkpoints_parts_no_sweep(three_runs, tmp_path, monkeypatch, count):
     """Checkpoints of three runs are 3 pending files and 3 put in place, and each step may be the last; the first
     checkpoints are 6 steps, so that counts 1 to 8 crash in both phases of the first, and in the second."""
-    words = ["--seed", 1, 2, 3, "--optimizer", "adam", "--workers", 1]
     left = count
 
     def crash_after(step):
@@ -333,7 +343,7 @@ def test_a_crash_at_any_step_of_writing_checkpoints_parts_no_sweep(tmp_path, mon
         patch.setattr(checkpoints, "write_durably", crash_after(checkpoints.write_durably))
         patch.setattr(os, "replace", crash_after(os.replace))
         with pytest.raises(Crash):
-            train(tmp_path / "killed", *words, epochs=4)
+            train(tmp_path, *THREE_RUNS)
     sizes = []
     train_batch = run.train
 
@@ -342,10 +352,9 @@ def test_a_crash_at_any_step_of_writing_checkpoints_parts_no_sweep(tmp_path, mon
         return train_batch(batch, *args)
 
     monkeypatch.setattr(run, "train", counted)
-    train(tmp_path / "killed", *words, "--resume", epochs=4)
+    train(tmp_path, *THREE_RUNS, "--resume")
     assert sizes == [3]  # they continue as one batch
-    train(tmp_path / "whole", *words, epochs=4)
-    assert torture.differences(tmp_path / "whole", tmp_path / "killed") == []
+    assert torture.differences(three_runs, tmp_path) == []
 
 
 def test_a_stale_pending_checkpoint_is_not_taken(out, tmp_path):

@@ -28,8 +28,22 @@ from tests.test_envs import BATCHED, trained_on
 GYM = ["--param", "g", "--range", "5", "15"]
 PENDULUM = ["--env", "Pendulum-v1", *GYM, "--algo", "fomaml", "--workers", "2"]
 PENDULUM_RUN = "Pendulum-v1-pg/fomaml/seed1"
+COMMAND = ["--env", "point", "--algo", "directed-maml", "--seed", 1, 2, "--tasks", 10]  # of ranks
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torchrun(tmp_path_factory):
+    """A training by torchrun itself, two ranks and two epochs: its process, and the folder. Three processes that import
+    torch take long, so it starts with the first test of this file, beside those before the one that waits for it."""
+    out = tmp_path_factory.mktemp("torchrun")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
+    words += ["--epochs", "2", "--out", str(out), *SMALL, *map(str, COMMAND)]
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    yield process, out
+    process.terminate()  # which ends its ranks too
+    process.wait()
 
 
 # --- sampling workers ---
@@ -135,11 +149,11 @@ def test_training_does_not_depend_on_the_workers_and_resumes_exactly(tmp_path):
 
 @pytest.mark.parametrize(
     ("env", "size"),
-    [("cartpole", ["--horizon", 100, "--beta", 0.03, "--eval-every", 99]), ("lunarlander", ["--horizon", 40])],
+    [("cartpole", ["--horizon", 100, "--beta", 0.06, "--eval-every", 99]), ("lunarlander", ["--horizon", 40])],
 )
 def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_in_any_number_of_processes(tmp_path, env, size):
     """While CartPole's episodes grow, so that the runs beside it have episodes of other lengths."""
-    epochs = 30 if env == "cartpole" else 2
+    epochs = 14 if env == "cartpole" else 2
     words = {"env": env, "algo": "directed-maml", "epochs": epochs}
     sweep = ["--seed", "1-3", "--delta", 0.005, 0.02] if env == "cartpole" else ["--seed", "1-3"]
     train(tmp_path / "alone", *size, "--seed", 2, "--workers", 0, **words)
@@ -215,6 +229,20 @@ def test_an_error_in_a_training_process_is_raised_here_with_what_it_names():
         parallel.run_jobs(failing, [0, 1, 2], 2, print, [])
     assert (error.value.errno, error.value.filename) == (28, "x/log.csv")
     assert sorted(parallel.run_jobs(failing, [0, 2, 3], 2, print, [])) == [0, 2, 3]
+
+
+def ask_to_stop(job, tell):
+    """Endless work, until it is asked to stop; returns the signals."""
+    while not (signals := tell(job)):
+        pass
+    return signals
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_reaches_the_jobs_that_run_and_no_other_begins(count):
+    signals = []
+    results = parallel.run_jobs(ask_to_stop, [1, 2, 3], count, lambda news: signals or signals.append(15), signals)
+    assert results == [15] * count
 
 
 def workers_of(pid):
@@ -324,8 +352,6 @@ def test_a_terminals_ctrl_c_reaches_the_workers_too_and_harms_nothing(tmp_path, 
 
 # --- torchrun's ranks ---
 
-COMMAND = ["--env", "point", "--algo", "directed-maml", "--seed", 1, 2, "--tasks", 10]
-
 
 @pytest.fixture
 def start_ranks(start):
@@ -386,14 +412,11 @@ def test_five_ranks_make_the_numbers_of_one_up_to_summation_order(alone, tmp_pat
     assert_same_numbers(tmp_path, alone)
 
 
-def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
-    subprocess.run(
-        [*torchrun, "--epochs", "2", "--out", tmp_path, *SMALL, *map(str, COMMAND)], cwd=REPOSITORY, check=True,
-        timeout=5 * PATIENCE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    train(tmp_path, *COMMAND, "--resume", epochs=3)
-    assert_same_numbers(tmp_path, alone)
+def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, torchrun):
+    process, out = torchrun
+    assert process.wait(timeout=5 * PATIENCE) == 0
+    train(out, *COMMAND, "--resume", epochs=3)
+    assert_same_numbers(out, alone)
 
 
 def test_tasks_that_the_ranks_cannot_share_evenly_are_refused(tmp_path, start_ranks):

@@ -111,6 +111,9 @@ FLAGS = [
     (["--gae-lambda", "-0.5"], "--gae-lambda: '-0.5': expected a finite number >= 0 and <= 1"),
     (["--seed", "-1"], "--seed: '-1': expected a finite whole number >= 0"),
     (["--seed", "1.5"], "--seed: '1.5': expected a finite whole number >= 0"),
+    (["--seed", "5-1"], "--seed: '5-1': expected FIRST-LAST, at least one seed and at most a million"),
+    (["--seed", "1-3000000000"], "--seed: '1-3000000000': expected FIRST-LAST"),
+    (["--seed", "1-5", "3"], "--seed 1 2 3 4 5 3: duplicate value"),
     (["--seed", "one"], "--seed: 'one': expected a finite whole number >= 0"),
     (["--tasks", "0"], "--tasks: '0': expected a finite whole number >= 1"),
     (["--trajectories", "0"], "--trajectories: '0': expected a finite whole number >= 1"),
@@ -233,6 +236,15 @@ def test_too_large_for_the_memory(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_memory_that_runs_out_while_it_trains_is_one_line(tmp_path, capsys, monkeypatch, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(run, "train_epoch", full)
+    assert "out of memory; give fewer --seed, --delta, --tasks" in refused(capsys, tmp_path, code=1)
+
+
 # `python run.py words`, then the same words and --help, and with a wrong one: as programs, in one process.
 THREE_COMMANDS = """
 import contextlib, runpy, sys
@@ -269,7 +281,7 @@ def test_spaces_and_letters_of_other_scripts_in_a_relative_path_in_the_c_locale_
 @pytest.mark.parametrize("env", ["cartpole", "point", "velocity"])
 @pytest.mark.parametrize("rl", ["pg", "ac"])
 def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl):
-    train(tmp_path, "--rl", rl, "--seed", 1, 2, env=env, algo=" ".join(run.ALGORITHMS), epochs=2)
+    train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(run.ALGORITHMS), epochs=2)
     root = tmp_path / f"{env}-{rl}"
     for algo in run.ALGORITHMS:
         delta = "delta0.0015" if env == "velocity" else "delta0.005"
@@ -442,6 +454,7 @@ def test_overwrite_removes_the_runs_own_files_alone(tmp_path):
 # --- not a number ---
 
 
+@pytest.mark.filterwarnings("error")  # which would be more lines
 @pytest.mark.parametrize("rl", ["pg", "ac"])
 @pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "directed-reptile"])
 def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resuming(tmp_path, capsys, rl, algo):

@@ -1,4 +1,4 @@
-"""Some of bench/torture.py: random command lines. tests/test_faults.py kills training."""
+"""Some of bench/torture.py: random command lines. tests/test_checkpoints.py kills training."""
 
 import subprocess
 import sys
