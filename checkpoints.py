@@ -40,7 +40,7 @@ class RunError(Exception):
         self.code = code
 
 
-@dataclass
+@dataclass(eq=False)  # a run is itself; comparing states would compare tensors
 class Run:
     """One training run. settings: what makes it this run, plain numbers and words. state: how far it has come, with
 

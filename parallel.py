@@ -1,4 +1,4 @@
-"""Where work runs: sampling in worker processes, rollouts as CUDA graphs, training shared out over torchrun's ranks."""
+"""Where work runs: training and sampling in processes, rollouts as CUDA graphs, tasks on torchrun's ranks."""
 
 import contextlib
 import ctypes
@@ -113,7 +113,7 @@ class CapturedRollout:
         return graph, inputs, trajectories
 
 
-# --- worker processes ---
+# --- training processes ---
 
 
 def run_jobs(work, jobs, count, tell, signals):
@@ -129,10 +129,8 @@ def run_jobs(work, jobs, count, tell, signals):
     try:
         with signals_blocked():
             for _ in range(min(count, len(jobs))):
-                pipe, end = context().Pipe()
-                pipes[pipe] = context().Process(target=serve_jobs, args=(end, work, jobs))
-                pipes[pipe].start()
-                end.close()
+                pipe, process = start(serve_jobs, work, jobs)
+                pipes[pipe] = process
                 pipe.send(queue.pop())
         busy = set(pipes)
         while busy:
@@ -155,9 +153,7 @@ def run_jobs(work, jobs, count, tell, signals):
                     with contextlib.suppress(OSError):  # it died, which the next turn sees
                         pipe.send(signals[:1] or [signal.SIGTERM])
     finally:
-        for process in pipes.values():
-            process.kill()
-            process.join()
+        end(pipes.values())
     if errors:
         raise errors[0]
     return results
@@ -183,6 +179,9 @@ def serve_jobs(pipe, work, jobs):
             pipe.send(answer)
 
 
+# --- sampling processes ---
+
+
 class Workers:
     """Whole rollouts, policy included, in `count` processes: process i makes every count-th trajectory from the i-th
     on.
@@ -195,12 +194,9 @@ class Workers:
         self.count, self.pipes, self.processes = count, [], []
         with signals_blocked():
             for index in range(count):
-                pipe, end = context().Pipe()
-                process = context().Process(target=serve, args=(end, env, make_act, index, count), daemon=True)
+                pipe, process = start(serve, env, make_act, index, count, daemon=True)
                 self.pipes.append(pipe)
                 self.processes.append(process)
-                process.start()
-                end.close()
 
     def rollout(self, params, phi, noise):
         """As `rollout_here`. Raises ProcessError."""
@@ -225,9 +221,7 @@ class Workers:
         return {key: x.reshape(*lead, *x.shape[1:]) for key, x in joined.items()}
 
     def close(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
+        end(self.processes)
 
     def __enter__(self):
         return self
@@ -254,6 +248,24 @@ def serve(pipe, env, make_act, index, count):
             except Exception as error:
                 answer = ProcessError(f"the environment failed in a sampling worker: {envs.first_line(error)}")
             pipe.send(answer)
+
+
+# --- processes and signals ---
+
+
+def start(target, *args, daemon=False):
+    """A process that runs target(pipe, *args), started: (this side's end of the pipe, the process)."""
+    ours, theirs = context().Pipe()
+    process = context().Process(target=target, args=(theirs, *args), daemon=daemon)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def end(processes):
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def context():

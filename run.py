@@ -1,7 +1,8 @@
 """Train, evaluate and report: `python run.py --env cartpole --algo directed-fomaml --seed 1`; all flags: `--help`.
 
-All runs of one algorithm, seeds × deltas, are one batched program along the first axis S. Read `main` first, then
-`train` and `train_epoch`, which is Algorithm 1; Eq. 2b is in maml.py and the δ-step in directed.py.
+Runs of one algorithm, seeds × step sizes, are one batched program along the first axis S; several processes share them
+out. Read `main` first, then `train` and `train_epoch`, which is Algorithm 1; Eq. 2b is in maml.py, the δ-step in
+directed.py.
 """
 
 import argparse
@@ -84,9 +85,7 @@ def train_all(runs, env, args, ranks):
             run.state = state
         processes = 1 if device == "cuda" or ranks.count > 1 else max(min(args.workers, len(runs)), 1)
         trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
-        samplers = min(
-            args.workers // processes, trajectories
-        )  # of each training process, for gymnasium's environments
+        samplers = min(args.workers // processes, trajectories)  # for each that trains, if gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
         failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
     return failures, signals
@@ -144,9 +143,8 @@ def train_epoch(batch):
         losses.insert(0, TaskLoss(batch, phi_med, medium_rng, pooled=medium == "pooled"))
         batch.delta.copy_(scheduled_delta(batch))
     start = batch.position()
-    adapted = batch.meta_learner(
-        batch.theta, *losses, batch.alpha, num_tasks
-    )  # lines 4, 5: directed.py; 7 to 11: maml.py
+    # lines 4, 5: the δ-step, directed.py; 7 to 11: the inner steps and the meta-gradient, maml.py
+    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks)
     between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
     batch.moves = between - start, batch.position() - between
@@ -354,6 +352,11 @@ def first_state(settings, env):
     return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
 
 
+def of_each_run(step_sizes, p):
+    """Step sizes (S,) in the shape that multiplies a parameter (S, 1, ...)."""
+    return step_sizes.to(p).view(-1, *[1] * (p.dim() - 1))
+
+
 class SGD:
     """The plain step p ← p − β p.grad with a β for each run: step_sizes, (S,) for each parameter (S, 1, ...)."""
 
@@ -363,10 +366,10 @@ class SGD:
     @torch.no_grad()
     def step(self):
         for p, beta in zip(self.params, self.step_sizes, strict=True):
-            p -= beta.to(p).view(-1, *[1] * (p.dim() - 1)) * p.grad
+            p -= of_each_run(beta, p) * p.grad
 
 
-class Adam(SGD):
+class Adam:
     """torch's Adam with a β for each run: p ← p + β u, where u is its step of size 1."""
 
     def __init__(self, params, step_sizes):
@@ -380,7 +383,7 @@ class Adam(SGD):
             p.zero_()  # so that torch's step leaves u itself in p
         self.adam.step()
         for p, start, beta in zip(self.params, before, self.step_sizes, strict=True):
-            p.mul_(beta.to(p).view(-1, *[1] * (p.dim() - 1))).add_(start)
+            p.mul_(of_each_run(beta, p)).add_(start)
 
 
 OPTIMIZERS = {"sgd": SGD, "adam": Adam}
@@ -397,9 +400,7 @@ class Setting:
     help: str
     example: str = ""
     type: Callable = str  # of one value; bool: a switch
-    default: object = (
-        None  # where neither the task family (envs.ENVS) nor the algorithm (ALGORITHM_DEFAULTS) has another
-    )
+    default: object = None  # where neither envs.ENVS nor ALGORITHM_DEFAULTS has another
     shown: str = ""  # the default in words, where it is no value
     nargs: str | None = None
     choices: tuple = ()
@@ -411,6 +412,12 @@ class Setting:
         return "--" + self.name.replace("_", "-")
 
 
+def wrong(text, expected):
+    """The error of an argparse type: what was expected in place of the text, or that commas separate nothing."""
+    remedy = f"separate values by spaces: {' '.join(text.split(','))}" if "," in text else expected
+    return argparse.ArgumentTypeError(f"{text!r}: {remedy}")
+
+
 def number(kind, low=-math.inf, high=math.inf, above=False):
     """An argparse type: a finite number of `kind` from `low` (exclusive where `above`) to `high`."""
 
@@ -420,12 +427,10 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
             good = math.isfinite(value) and low <= value <= high and not (above and value == low)
         except (ValueError, OverflowError):
             good = False
-        if not good and "," in text:
-            raise argparse.ArgumentTypeError(f"{text!r}: separate values by spaces: {' '.join(text.split(','))}")
         if not good:
             what = "whole number" if kind is int else "number"
             bounds = [f" {'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f" <= {high:g}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a finite {what}{' and'.join(bounds)}")
+            raise wrong(text, f"expected a finite {what}{' and'.join(bounds)}")
         return value
 
     return parse
@@ -574,8 +579,11 @@ class Parser(argparse.ArgumentParser):
         raise RunError(f"{message} (see --help)", 2)
 
 
-def parse(argv):
-    """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it."""
+def parse(argv, follow_like=True):
+    """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it.
+
+    follow_like: the settings of the run that --like names stand before the rest, which overrides them.
+    """
     parser = Parser(
         prog="run.py",
         description="Train, evaluate and report Directed-MAML and its peers.",
@@ -600,8 +608,8 @@ def parse(argv):
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
         parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
-    if args.like is not None:
-        return parse([*words_of(args.like), *without(argv, "--like", 2)])
+    if args.like is not None and follow_like:
+        return parse([*words_of(args.like), *argv], follow_like=False)
     args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
     check_pairs(args, parser.error)
     for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
@@ -624,20 +632,12 @@ def words_of(folder):
     return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
 
 
-def without(argv, flag, count):
-    """The command line without a flag and its values, `count` words in all."""
-    i = [word.split("=")[0] for word in argv].index(flag)
-    return argv[:i] + argv[i + (1 if "=" in argv[i] else count) :]
-
-
 def one_of(choices):
     """An argparse type: one of these words; the nearest is suggested for another."""
 
     def parse(text):
-        if "," in text:
-            raise argparse.ArgumentTypeError(f"{text!r}: separate values by spaces: {' '.join(text.split(','))}")
         if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r}: {envs.hint(text, choices, ', '.join(choices))}")
+            raise wrong(text, envs.hint(text, choices, ", ".join(choices)))
         return text
 
     return parse
@@ -705,7 +705,7 @@ def plan(args, algo, env):
         own = settings | dict(zip(swept, values, strict=True))
         if not (own["alpha"] or own["eval_alpha"] or algo.endswith("meta-sgd")):
             own["eval_alpha"] = default_of(ALL_SETTINGS["alpha"], env, algo)
-        check_settings(own, args.beta_alpha)
+        check_run(own, args.beta_alpha)
         if algo.endswith("meta-sgd") and args.beta_alpha is None:
             # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
             own["beta_alpha"] = own["alpha"] * own["beta"]
@@ -715,7 +715,7 @@ def plan(args, algo, env):
     return runs
 
 
-def check_settings(settings, beta_alpha):
+def check_run(settings, beta_alpha):
     """Reject settings under which a run would train nothing, or that do not fit together."""
     algo, baseline, trajectories = settings["algo"], settings["baseline"], settings["trajectories"]
     if settings["medium"] == "pooled" and trajectories % settings["tasks"]:

@@ -217,6 +217,9 @@ def test_like_takes_every_setting_of_a_run_and_other_flags_override_it(tmp_path)
     run.main(["--like", str(folder / "delta1e-05/seed1"), "--seed", "7", "--out", str(tmp_path), "--quiet"])
     first, second = (json.loads((folder / f"delta1e-05/seed{seed}/config.json").read_text()) for seed in (1, 7))
     assert first | {"seed": 7} == second and second["range"] == [-0.1, 1, -1, 1] and second["epochs"] == 4
+    for seed, words in ((8, ["--lik", str(folder / "delta1e-05/seed1")]), (9, [f"--like={folder}/delta1e-05/seed1"])):
+        run.main([*words, "--seed", str(seed), "--out", str(tmp_path), "--quiet"])
+        assert first | {"seed": seed} == json.loads((folder / f"delta1e-05/seed{seed}/config.json").read_text())
 
 
 def test_a_range_of_seeds():
