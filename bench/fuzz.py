@@ -24,6 +24,7 @@ from tqdm import tqdm
 import envs
 import report
 import run
+from settings import ALL_SETTINGS, NEEDS
 
 PENDULUM = envs.Env(("g",), (5.0,), (15.0,), 200, 3, ((-2.0,), (2.0,)), 1, None)  # what right_line knows of it
 # All small, since what is accepted is trained. Those that a setting's type accepts are right for it, others wrong.
@@ -92,11 +93,11 @@ def right_line(rng):
     """A command line that must train: [flag, its words] for each flag. Not yet with a folder."""
     name = rng.choice([*envs.ENVS, "Pendulum-v1"])
     env = envs.ENVS.get(name, PENDULUM)
-    line = {"env": [name], "algo": right_values(run.ALL_SETTINGS["algo"], rng, env)}
+    line = {"env": [name], "algo": right_values(ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
         line |= {"param": ["g"], "range": ["5", "15"]}
     args = argparse.Namespace(rl=None, watch=None)
-    chosen = [s for s in run.ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param")]
+    chosen = [s for s in ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param")]
     for setting in chosen:
         if rng.random() < 0.25:
             line[setting.name] = right_values(setting, rng, env)
@@ -113,12 +114,12 @@ def right_line(rng):
         line |= {"tasks": ["1"]}
     args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
     for setting in chosen:  # a flag that does nothing is an error
-        needed = run.NEEDS.get(setting.needs)
+        needed = NEEDS.get(setting.needs)
         if needed and not any(needed(args, algo) for algo in line["algo"]):
             line.pop(setting.name, None)
     if line.get("delta_schedule") == ["converged"] and env is PENDULUM:
         line.setdefault("threshold", ["1"])
-    return [[run.ALL_SETTINGS[name].flag, *words] for name, words in line.items()]
+    return [[ALL_SETTINGS[name].flag, *words] for name, words in line.items()]
 
 
 def spoil(line, rng):
@@ -126,7 +127,7 @@ def spoil(line, rng):
     i = rng.randrange(len(line))
     flag, *words = line[i]
     kind = rng.randrange(9)
-    setting = rng.choice(list(run.ALL_SETTINGS.values()))
+    setting = rng.choice(list(ALL_SETTINGS.values()))
     if kind == 0:  # a wrong value
         line[i] = [flag, *words[:-1], rng.choice(WRONG)]
     elif kind == 1:  # a value too many, or none
@@ -268,7 +269,7 @@ def report_fuzz(count, seed):
     result = fuzz(count, seed, show_bar=True)
     print(f"{count} command lines: {result.outcomes['trained']} trained, {result.outcomes['refused']} refused")
     for outcome, flags in result.flags.items():
-        missing = [setting.flag for setting in run.ALL_SETTINGS.values() if setting.flag not in flags]
+        missing = [setting.flag for setting in ALL_SETTINGS.values() if setting.flag not in flags]
         print(f"flags in none that {'was ' * (outcome == 'refused')}{outcome}: {', '.join(missing) or 'none'}")
     for finding in result.findings:
         print(f"\n{finding}")

@@ -18,6 +18,7 @@ import parallel
 import policies
 import run
 from bench import reference
+from settings import make_env, parse
 
 WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time
 
@@ -39,9 +40,9 @@ class Configuration:
         """What run.py makes of it: the task family and the runs."""
         words = ["--env", self.env, "--algo", self.algo, "--seed", *range(1, self.S + 1), "--tasks", self.M]
         words += ["--trajectories", self.K, "--hidden", self.hidden, self.hidden]
-        args = run.parse([str(word) for word in words + (["--horizon", self.H] if self.H else [])])
-        env = run.make_env(args)
-        return env, run.plan(args, self.algo, env)
+        args = parse([str(word) for word in words + (["--horizon", self.H] if self.H else [])])
+        env = make_env(args)
+        return env, run.new_runs(args, env)
 
 
 def endless(env):

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import report
-import run
+from settings import SETTINGS, shown_default
 
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.
 MARKED_TABLE = re.compile(r"(<!-- (?:flags|report (.*)) -->)\n*(?:\|.*\n)*\n*(?:Arms compared: .*\n+)?")
@@ -58,7 +58,7 @@ def table(columns, lines, root):
 def flag_table():
     """The Markdown table of run.py's flags, by group."""
     lines = []
-    for title, settings in run.SETTINGS.items():
+    for title, settings in SETTINGS.items():
         lines.append({"flag": f"**{title}**", "default": "", "what it does": ""})
         for setting in settings:
             text = setting.help
@@ -66,7 +66,7 @@ def flag_table():
                 text = f"{', '.join(setting.choices)}: {text}"
             if setting.needs:
                 text += f"; needs {setting.needs}"
-            cells = f"`{setting.flag}`", run.shown_default(setting), text
+            cells = f"`{setting.flag}`", shown_default(setting), text
             lines.append(dict(zip(lines[0], (cell.replace("|", "\\|") for cell in cells), strict=True)))
     return report.markdown(lines)
 

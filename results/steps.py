@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import measures
 import report
 
 GRID = Path(__file__).parent / "grid"
@@ -61,7 +62,7 @@ def draw(panel, env, cells):
     for algo, (colour, marker, fill) in LOOKS.items():
         points = sorted((TASKS * cell.beta + cell.delta, cell.env_steps) for cell in cells if cell.algo == algo)
         x = np.array([total for total, _ in points])
-        middle, *ends = np.array([report.median_interval(env_steps, positive=True) for _, env_steps in points]).T
+        middle, *ends = np.array([measures.median_interval(env_steps, positive=True) for _, env_steps in points]).T
         low, high = np.minimum(ends, limit)
         reached = np.isfinite(middle)
         look = {"color": colour, "marker": marker, "fillstyle": fill, "linestyle": "none", "label": algo}

@@ -11,6 +11,7 @@ import parallel
 import policies
 import run
 from bench import benchmark, measure, reference
+from settings import parse
 
 
 def tables(text):
@@ -65,7 +66,7 @@ def test_a_sweep_is_timed_on_one_core_and_on_all(capsys, monkeypatch):
     found = tables(capsys.readouterr().out)
     assert [row[0] for row in found["A sweep on one core and on all"][0]] == ["1", "4"]
     for command in commands:
-        assert len(run.parse(command[2:]).seed) == 2
+        assert len(parse(command[2:]).seed) == 2
 
 
 def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import report
-import run
 from results import check, directions, fill, steps
+from settings import SETTINGS
 
 RUN_ALL = Path(check.__file__).parent / "run_all.sh"
 
@@ -72,7 +72,7 @@ def test_every_flag_is_in_the_flag_table_once_in_the_group_that_help_shows(page)
     fill.fill(page)
     _, _, *rows, _ = page.read_text().split("<!-- flags -->\n\n")[1].partition("\n\nafter")[0].split("\n") + [""]
     shown = [row.split(" | ")[0].strip("| ") for row in rows]
-    expected = [[f"**{title}**", *(f"`{s.flag}`" for s in settings)] for title, settings in run.SETTINGS.items()]
+    expected = [[f"**{title}**", *(f"`{s.flag}`" for s in settings)] for title, settings in SETTINGS.items()]
     assert shown == sum(expected, [])
     assert all(row.count(" | ") == 2 and "None" not in row for row in rows)
     assert fill.is_filled(page)

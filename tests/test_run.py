@@ -9,62 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import measures
 import policies
-import report
 import run
 from checkpoints import TABLES, Run
+from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 
 PENDULUM = ["--param", "g", "--range", "5", "15"]
 
 
-# --- settings ---
-
-
-def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit):
-        run.parse(["--help"])
-    text = capsys.readouterr().out.split("\n\nexample: ")[0]
-    titles = list(run.SETTINGS)
-    groups = {}
-    for i, title in enumerate(titles):
-        _, _, body = text.partition(f"\n\n{title}:\n")
-        groups[title] = body.split(f"\n\n{titles[i + 1]}:\n")[0] if i + 1 < len(titles) else body
-    for title, settings in run.SETTINGS.items():
-        entries = [" ".join(entry.split()) for entry in ("\n" + groups[title]).split("\n  --")[1:]]
-        assert [entry.split()[0] for entry in entries] == [setting.flag.removeprefix("--") for setting in settings]
-        for setting, entry in zip(settings, entries, strict=True):
-            assert setting.help in entry
-            assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
-            always_given = setting.name in ("env", "algo", "param", "watch", "like") or setting.type is bool
-            assert ("(default " in entry) != always_given, entry
-
-
-def test_the_examples_of_help_are_accepted():
-    required = {"env": "cartpole", "algo": "directed-maml directed-meta-sgd", "rl": "ac", "watch": "run"}
-    for name, setting in run.ALL_SETTINGS.items():
-        words = [word for key, value in required.items() if key != name for word in (f"--{key}", *value.split())]
-        if setting.type is not bool and name != "like":  # which must exist
-            run.parse([*words, setting.flag, *setting.example.split()])
-
-
-def test_defaults_are_table_i():
-    args = run.parse(["--env", "cartpole", "--algo", "directed-maml"])
-    (planned,) = run.plan(args, "directed-maml", run.make_env(args))
-    table = {"delta": 0.005, "alpha": 0.001, "beta": 0.001, "gamma": 0.99, "tasks": 5, "trajectories": 10}
-    assert {key: planned.settings[key] for key in table} == table
-    others = {"inner_steps": 1, "horizon": 200, "optimizer": "sgd", "medium": "mean"}
-    assert {key: planned.settings[key] for key in others} == others
-
-
-def test_settings_that_an_algorithm_does_not_have_are_none_in_its_runs():
-    args = run.parse(["--env", "cartpole", "--algo", "maml", "directed-meta-sgd", "--delta", "0.1"])
-    runs = {algo: run.plan(args, algo, run.make_env(args))[0].settings for algo in args.algo}
-    assert runs["maml"]["delta"] is runs["maml"]["medium"] is runs["maml"]["beta_alpha"] is None
-    assert runs["directed-meta-sgd"]["delta"] == 0.1
-    assert runs["directed-meta-sgd"]["beta_alpha"] == pytest.approx(0.001 * 0.001)  # α times β
-    assert runs["maml"]["gae_lambda"] is None
+# --- wrong commands ---
 
 
 def test_config_json_alone_repeats_the_run(tmp_path):
@@ -75,8 +30,8 @@ def test_config_json_alone_repeats_the_run(tmp_path):
     config = json.loads((tmp_path / "first" / folder / "config.json").read_text())
     again = ["--out", str(tmp_path / "again"), "--quiet"]
     for name, value in config.items():
-        if name in run.ALL_SETTINGS and value is not None and value is not False:
-            again += [run.ALL_SETTINGS[name].flag, *map(str, value if isinstance(value, list) else [value])]
+        if name in ALL_SETTINGS and value is not None and value is not False:
+            again += [ALL_SETTINGS[name].flag, *map(str, value if isinstance(value, list) else [value])]
     run.main(again)
     for name in ("log.csv", "eval.csv", "config.json"):
         first, again = (tmp_path / out / folder / name for out in ("first", "again"))
@@ -210,23 +165,6 @@ def test_an_environment_and_an_algorithm_are_required(capsys, words):
     assert stop.value.code == 2 and "--env and --algo are required, e.g." in capsys.readouterr().err
 
 
-def test_like_takes_every_setting_of_a_run_and_other_flags_override_it(tmp_path):
-    words = ["--range", "-1e-1", 1, "-1.", 1, "--delta", 1e-5, "--medium", "sampled", "--alpha", 0.02]
-    train(tmp_path, *words, env="point", algo="directed-maml")
-    folder = tmp_path / "point-pg/directed-maml"
-    run.main(["--like", str(folder / "delta1e-05/seed1"), "--seed", "7", "--out", str(tmp_path), "--quiet"])
-    first, second = (json.loads((folder / f"delta1e-05/seed{seed}/config.json").read_text()) for seed in (1, 7))
-    assert first | {"seed": 7} == second and second["range"] == [-0.1, 1, -1, 1] and second["epochs"] == 4
-    for seed, words in ((8, ["--lik", str(folder / "delta1e-05/seed1")]), (9, [f"--like={folder}/delta1e-05/seed1"])):
-        run.main([*words, "--seed", str(seed), "--out", str(tmp_path), "--quiet"])
-        assert first | {"seed": seed} == json.loads((folder / f"delta1e-05/seed{seed}/config.json").read_text())
-
-
-def test_a_range_of_seeds():
-    args = run.parse(["--env", "point", "--algo", "maml", "--seed", "1-3", "7"])
-    assert args.seed == [1, 2, 3, 7]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_cuda_asked_for_and_absent(tmp_path, capsys):
     assert "--device cuda: no CUDA device" in refused(capsys, tmp_path, "--device", "cuda")
@@ -284,9 +222,9 @@ def test_spaces_and_letters_of_other_scripts_in_a_relative_path_in_the_c_locale_
 @pytest.mark.parametrize("env", ["cartpole", "point", "velocity"])
 @pytest.mark.parametrize("rl", ["pg", "ac"])
 def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl):
-    train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(run.ALGORITHMS), epochs=2)
+    train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(ALGORITHMS), epochs=2)
     root = tmp_path / f"{env}-{rl}"
-    for algo in run.ALGORITHMS:
+    for algo in ALGORITHMS:
         delta = "delta0.0015" if env == "velocity" else "delta0.005"
         folder = root / algo / (delta if algo.startswith("directed") else "") / "seed2"
         assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "eval.csv", "log.csv"]
@@ -301,7 +239,7 @@ def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl
         config = json.loads((folder / "config.json").read_text())
         assert config["seed"] == 2 and config["algo"] == algo
     text = (root / "report.md").read_text(encoding="utf-8")
-    assert all(f"| {algo} | 2 |" in text for algo in run.ALGORITHMS)
+    assert all(f"| {algo} | 2 |" in text for algo in ALGORITHMS)
 
 
 def test_env_steps_count_what_was_sampled(tmp_path):
@@ -374,7 +312,7 @@ def test_delta_ends_at_convergence_for_each_run_by_itself(tmp_path):
     words = ("--seed", 1, 2, 3)
     train(tmp_path / "on", *words, algo="directed-fomaml", epochs=12)
     logs = {seed: rows(next((tmp_path / "on").rglob(f"seed{seed}/log.csv"))) for seed in (1, 2, 3)}
-    averages = {seed: report.ema([float(row["return_post"]) for row in log]) for seed, log in logs.items()}
+    averages = {seed: measures.ema([float(row["return_post"]) for row in log]) for seed, log in logs.items()}
     threshold = sorted(average[:6].max() for average in averages.values())[1]  # one run of three passes in 6 epochs
     words += ("--threshold", threshold, "--delta-schedule", "converged")
     train(tmp_path / "off", *words, algo="directed-fomaml", epochs=12)

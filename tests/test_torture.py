@@ -6,6 +6,7 @@ from pathlib import Path
 
 import run
 from bench import fuzz
+from settings import ALL_SETTINGS
 
 
 def test_random_command_lines_train_or_end_in_one_clear_line():
@@ -43,7 +44,7 @@ def test_a_usage_error_that_changes_files_is_found(monkeypatch):
 def test_processes_of_several_threads_train_networks_large_enough_to_use_them(tmp_path):
     words = ["--env", "point", "--algo", "maml", "fomaml", "--hidden", "200", "200", "--threads", "2", "--workers", "2"]
     words += [word for name, value in fuzz.SMALL.items() if name not in ("hidden", "workers")
-              for word in (run.ALL_SETTINGS[name].flag, value)]  # fmt: skip
+              for word in (ALL_SETTINGS[name].flag, value)]  # fmt: skip
     program = "import run; run.report.write = lambda root: ([], []); run.main()"
     command = [sys.executable, "-c", program, *words, "--quiet", "--out", str(tmp_path)]
     assert subprocess.run(command, cwd=Path(run.__file__).parent, timeout=60).returncode == 0

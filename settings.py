@@ -1,0 +1,405 @@
+"""Settings: the one table of flags, and how a command line becomes the task family and the settings of each run.
+
+A new flag is one row of `SETTINGS`. The parser, --help, the checks, config.json, what a checkpoint is checked with and
+the README's table of flags come from it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import envs
+import maml
+import policies
+from checkpoints import RunError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag of the command line. needs: what it does nothing without, a key of NEEDS."""
+
+    name: str
+    help: str
+    example: str = ""
+    type: Callable = str  # of one value; bool: a switch
+    default: object = None  # where neither envs.ENVS nor ALGORITHM_DEFAULTS has another
+    shown: str = ""  # the default in words, where it is no value
+    nargs: str | None = None
+    choices: tuple = ()
+    needs: str = ""
+    identity: bool = True  # part of what makes a run that run: it cannot change on --resume
+
+    @property
+    def flag(self):
+        return "--" + self.name.replace("_", "-")
+
+
+def wrong(text, expected):
+    """The error of an argparse type: what was expected in place of the text, or that commas separate nothing."""
+    remedy = f"separate values by spaces: {' '.join(text.split(','))}" if "," in text else expected
+    return argparse.ArgumentTypeError(f"{text!r}: {remedy}")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False):
+    """An argparse type: a finite number of `kind` from `low` (exclusive where `above`) to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            what = "whole number" if kind is int else "number"
+            bounds = [f" {'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f" <= {high:g}"] * (high < math.inf)
+            raise wrong(text, f"expected a finite {what}{' and'.join(bounds)}")
+        return value
+
+    return parse
+
+
+def seeds(text):
+    """An argparse type: a seed, or FIRST-LAST."""
+    first, dash, last = text.partition("-")
+    if not (first and dash):
+        return number(int, 0)(text)
+    all_of_them = range(number(int, 0)(first), number(int, 0)(last) + 1)
+    if not 0 < all_of_them.stop - all_of_them.start <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FIRST-LAST, at least one seed and at most a million")
+    return all_of_them
+
+
+OPTIMIZERS = ("sgd", "adam")
+ALGORITHMS = (*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS))
+# Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
+ALGORITHM_DEFAULTS = {"reptile": {"beta": 1.0, "inner_steps": 5}}
+NEEDS = {
+    "an algorithm that begins with directed-": lambda args, algo: algo.startswith("directed-"),
+    "the algorithm meta-sgd or directed-meta-sgd": lambda args, algo: algo.endswith("meta-sgd"),
+    "--rl ac": lambda args, algo: args.rl == "ac",
+    "--watch RUN": lambda args, algo: args.watch is not None,
+    "--advantages whitened": lambda args, algo: args.advantages != "raw",
+    "--inner-steps 1 or more": lambda args, algo: args.inner_steps != 0,
+    "an algorithm whose α is not learned": lambda args, algo: not algo.endswith("meta-sgd"),
+}
+SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
+DIRECTED, META_SGD, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA = NEEDS
+count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
+# fmt: off
+SETTINGS = {
+    "task": [
+        Setting("env", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param, --range", "cartpole"),
+        Setting("param", "attributes of a gymnasium environment that are φ", "g", nargs="+"),
+        Setting("range", "Φ: LOW HIGH for each component of φ", "5 15", number(float), None, "by env", "+"),
+        Setting("task_dist", "ρ over Φ: uniform; bimodal: its lowest and highest fifth; skewed: most near LOW",
+                "bimodal", default="uniform", choices=tuple(envs.TASK_DISTS)),
+        Setting("horizon", "H, time steps of an episode at most", "100", count, shown="gymnasium's"),
+        Setting("oracle", "φ, scaled to [−1, 1] over Φ, is part of the observation: the best that adaptation could do",
+                type=bool),
+        Setting("threshold", "mean return from which a run counts as converged", "175", number(float), None, "none",
+                identity=False),
+    ],
+    "algorithm": [
+        Setting("algo", f"one or several of {', '.join(ALGORITHMS)}", "maml directed-maml", nargs="+",
+                choices=ALGORITHMS),
+        Setting("rl", "pg: policy gradient; ac: actor-critic", "ac", default="pg", choices=tuple(policies.LOSSES)),
+        Setting("seed", "one or several, all trained at once; 1-10 is ten", "1 2 3 4 5", seeds, 1, nargs="+"),
+        Setting("epochs", "E", "1000", count, 500, identity=False),
+        Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories; 0: joint training, the "
+                "control without adaptation", "3", number(int, 0, 10**9), 1),
+        Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
+                "median (geometric); random: another random task each epoch (the control); pooled: the epoch's own M "
+                "tasks, K / M trajectories of each (the other control); or a φ", "sampled",
+                default=("mean",), nargs="+", needs=DIRECTED),
+        Setting("optimizer", "of the β-step; the δ-step is always plain", "adam", default="sgd",
+                choices=OPTIMIZERS),
+        Setting("hidden", "widths of the tanh layers", "100 100", count, (64, 64), nargs="+"),
+    ],
+    "step sizes": [
+        Setting("alpha", "inner step size α, one or several; 0: joint training with MAML's sampling", "0.01", size,
+                0.001, nargs="+", needs=ADAPTING),
+        Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+"),
+        Setting("delta", "δ, one or several, all trained at once", "0 0.001 0.005", size, 0.005, nargs="+",
+                needs=DIRECTED),
+        Setting("delta_schedule", "constant; decay: δ / (1 + epoch / 100); converged: 0 once the smoothed return is "
+                "over the threshold", "decay", default="constant", choices=("constant", "decay", "converged"),
+                needs=DIRECTED),
+        Setting("beta_alpha", "outer step size of Meta-SGD's α", "0.001", step_size, None, "α times β", needs=META_SGD),
+    ],
+    "sampling and estimation": [
+        Setting("tasks", "M tasks an epoch", "20", count, 5),
+        Setting("trajectories", "K trajectories a task, before and after adaptation alike", "40", count, 10),
+        Setting("gamma", "discount γ", "1", number(float, 0, 1, above=True), 0.99),
+        Setting("gae_lambda", "λ of generalised advantage estimation", "1", number(float, 0, 1), 0.95,
+                needs=ACTOR_CRITIC),
+        Setting("estimator", "of the meta-gradient's second-order terms", "dice", default="lvc",
+                choices=policies.ESTIMATORS),
+        Setting("advantages", "whitened: divided by their standard deviation, γᵗ dropped; raw: Eq. 1b and 2a to the "
+                "letter, with γᵗ and without a baseline", "raw", default="whitened", choices=policies.ADVANTAGES),
+        Setting("baseline", "what is subtracted from the advantages: each task's mean, each time step's, or linear: a "
+                "least-squares fit on observation and time (Duan et al. 2016)", "step", default="task",
+                choices=policies.BASELINES, needs=WHITENED),
+    ],
+    "evaluation": [
+        Setting("eval_every", "epochs between evaluations on held-out tasks", "10", count, 50, identity=False),
+        Setting("eval_steps", "evaluate after 0, 1, .. this many inner steps", "1", count, 3),
+        Setting("eval_alpha", "α of the evaluation's inner steps", "0.001", step_size, None,
+                "α, or the family's default α without one", needs=FIXED_ALPHA),
+        Setting("eval_range", "the held-out tasks' range, LOW HIGH for each component of φ", "0 20", number(float),
+                None, "Φ", "+"),
+        Setting("watch", "show one episode of that run's policy, adapted to a task: a GIF in its folder, and a window "
+                "where there is a display", "runs/cartpole-pg/maml/seed1 --phi 12", Path, identity=False),
+        Setting("phi", "the task to watch", "12", number(float), None, "the mean task", "+", needs=WATCH,
+                identity=False),
+    ],
+    "running": [
+        Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
+                choices=("auto", "cpu", "cuda"), identity=False),
+        Setting("workers", "processes that share the runs, or the trajectories of a few runs; 1: this one", "4",
+                number(int, 0, 1024), None,
+                "the number of cores", identity=False),
+        Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
+                identity=False),
+        Setting("out", "folder of all runs", "../runs", Path, Path("runs"), identity=False),
+        Setting("like", "take every setting of that run from its config.json; other flags override it",
+                "runs/cartpole-pg/maml/seed1 --seed 2", Path, identity=False),
+        Setting("resume", "continue runs that exist, e.g. with more --epochs", type=bool, identity=False),
+        Setting("overwrite", "start runs that exist again", type=bool, identity=False),
+        Setting("quiet", "no progress, only errors", type=bool, identity=False),
+    ],
+}
+# fmt: on
+ALL_SETTINGS = {setting.name: setting for settings in SETTINGS.values() for setting in settings}
+
+
+def default_of(setting, env=None, algo=""):
+    """A setting's default for a task family (None: a gymnasium id) and an algorithm."""
+    own = ALGORITHM_DEFAULTS.get(algo.removeprefix("directed-"), {})
+    if setting.name == "horizon":
+        return env.horizon if env else None
+    return own.get(setting.name, env.defaults.get(setting.name, setting.default) if env else setting.default)
+
+
+def shown_default(setting):
+    """The default in words, with those of the task families and algorithms that have others."""
+
+    def show(x):
+        return " ".join(map(show, x)) if isinstance(x, tuple) else f"{x:g}" if isinstance(x, float) else str(x)
+
+    general = default_of(setting)
+    others = {name: default_of(setting, env) for name, env in envs.ENVS.items()}
+    others |= {algo: default_of(setting, algo=algo) for algo in ALGORITHM_DEFAULTS}
+    names = defaultdict(list)
+    for name, value in others.items():
+        if value != general:
+            names[show(value)].append(name)
+    first = [] if general is None and not setting.shown else [setting.shown or show(general)]
+    return "; ".join(first + [f"{', '.join(who)} {value}" for value, who in names.items()])
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise RunError(f"{message} (see --help)", 2)
+
+
+def parse(argv, follow_like=True):
+    """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it.
+
+    follow_like: the settings of the run that --like names stand before the rest, which overrides them.
+    """
+    parser = Parser(
+        prog="run.py",
+        description="Train, evaluate and report Directed-MAML and its peers.",
+        epilog="example: python run.py --env cartpole --algo directed-maml --seed 1 2 3 4 5 --delta 0 0.001 0.005 0.01",
+    )
+    for title, settings in SETTINGS.items():
+        section = parser.add_argument_group(title)
+        for setting in settings:
+            if setting.type is bool:
+                section.add_argument(setting.flag, action="store_true", help=setting.help)
+                continue
+            default = shown_default(setting)
+            text = setting.help + f" (default {default})" * bool(default) + f"; e.g. {setting.flag} {setting.example}"
+            kind = one_of(setting.choices) if setting.choices else setting.type
+            metavar = "{" + ",".join(setting.choices) + "}" if 0 < len(setting.choices) < 5 else setting.name.upper()
+            section.add_argument(setting.flag, type=kind, nargs=setting.nargs, metavar=metavar, help=text)
+    # argparse's own pattern takes -1. and -1e-05 for flags
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(f"{unknown[0]}: a value that no flag takes; flags that take several say so in --help")
+    if unknown:
+        flags = [setting.flag for setting in ALL_SETTINGS.values()]
+        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
+    if args.like is not None and follow_like:
+        return parse([*words_of(args.like), *argv], follow_like=False)
+    args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
+    check_pairs(args, parser.error)
+    for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
+        if getattr(args, setting.name) is None:
+            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this rank
+            setattr(args, setting.name, max(cores, 1) if setting.name == "workers" else setting.default)
+    return args
+
+
+def words_of(folder):
+    """The settings of the run in a folder, from its config.json, as the words of a command line."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in ALL_SETTINGS if name != "device" and config.get(name) is not None]
+        given = {ALL_SETTINGS[name]: config[name] for name in names if config[name] is not False}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
+    values = {x: [] if value is True else value if isinstance(value, list) else [value] for x, value in given.items()}
+    return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
+
+
+def one_of(choices):
+    """An argparse type: one of these words; the nearest is suggested for another."""
+
+    def parse(text):
+        if text not in choices:
+            raise wrong(text, envs.hint(text, choices, ", ".join(choices)))
+        return text
+
+    return parse
+
+
+def check_pairs(args, error):
+    """Reject flags that conflict or have no effect: an ablation would compare identical runs."""
+    if args.watch is None and (args.env is None or args.algo is None):
+        error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
+    if args.resume and args.overwrite:
+        error("--overwrite: not allowed with argument --resume")
+    for setting in ALL_SETTINGS.values():
+        values = getattr(args, setting.name)
+        if (
+            setting.needs
+            and values is not None
+            and not any(NEEDS[setting.needs](args, algo) for algo in args.algo or [""])
+        ):
+            raise RunError(f"{setting.flag} does nothing without {setting.needs}; leave it out, or add that", 2)
+        if setting.name in ("algo", *SWEPT):
+            names = [f"{x:.12g}" if isinstance(x, float) else x for x in values or ()]  # as folders are named
+            if len(set(names)) < len(names):
+                raise RunError(f"{setting.flag} {' '.join(map(str, values))}: duplicate value", 2)
+
+
+# --- plan: from the command line to runs ---
+
+ARGUMENTS = {"name": "--env", "names": "--param", "bounds": "--range", "horizon": "--horizon"}  # envs.make's, as flags
+
+
+def make_env(args):
+    """The task family with --param, --range, --horizon and --task-dist applied; fills in what depends on it alone."""
+    try:
+        env = envs.make(args.env, args.param, args.range, args.horizon)
+        if args.eval_range is not None:
+            envs.check_bounds("--eval-range", args.eval_range, env.phi_names)
+    except ValueError as error:
+        raise RunError(re.sub(r"`(\S+)`", lambda match: ARGUMENTS.get(match[1], match[1]), str(error)), 2) from error
+    for name in ("epochs", "threshold"):
+        if getattr(args, name) is None:
+            setattr(args, name, default_of(ALL_SETTINGS[name], env))
+    if args.delta_schedule == "converged" and args.threshold is None:
+        raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
+    env = replace(env, task_dist=args.task_dist or env.task_dist)
+    return envs.with_phi_observed(env) if args.oracle else env
+
+
+def plan(args, algo, env):
+    """The runs of one algorithm, a folder and settings each: every setting that makes a run what it is; None for those
+    that do not apply to it."""
+    settings = {}
+    for setting in (x for x in ALL_SETTINGS.values() if x.identity):
+        applies = not setting.needs or NEEDS[setting.needs](args, algo)
+        value = getattr(args, setting.name)
+        value = default_of(setting, env, algo) if value is None else value
+        settings[setting.name] = (list(value) if isinstance(value, tuple) else value) if applies else None
+    settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
+    settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
+    if settings["medium"] is not None:
+        settings["medium"] = medium_of(args, env)
+    swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
+    if not algo.startswith("directed-"):
+        swept["delta"] = [None]
+    runs = []
+    for values in itertools.product(*swept.values()):
+        own = settings | dict(zip(swept, values, strict=True))
+        if not (own["alpha"] or own["eval_alpha"] or algo.endswith("meta-sgd")):
+            own["eval_alpha"] = default_of(ALL_SETTINGS["alpha"], env, algo)
+        check_run(own, args.beta_alpha)
+        if algo.endswith("meta-sgd") and args.beta_alpha is None:
+            # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
+            own["beta_alpha"] = own["alpha"] * own["beta"]
+        varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
+        names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
+        runs.append((folder_of_all(args) / algo / "/".join(names), own))
+    return runs
+
+
+def check_run(settings, beta_alpha):
+    """Reject settings under which a run would train nothing, or that do not fit together."""
+    algo, baseline, trajectories = settings["algo"], settings["baseline"], settings["trajectories"]
+    if settings["medium"] == "pooled" and trajectories % settings["tasks"]:
+        tasks = f"--tasks {settings['tasks']}"
+        raise RunError(
+            f"--medium pooled: --trajectories {trajectories} is not a multiple of {tasks}; give one that is", 2
+        )
+    if settings["inner_steps"] == 0 and algo.endswith(("reptile", "meta-sgd")):
+        raise RunError(f"--inner-steps 0: {algo} learns from inner steps; for joint training give --algo maml", 2)
+    if settings["alpha"] == 0 and (algo.endswith("reptile") or (algo.endswith("meta-sgd") and beta_alpha is None)):
+        remedy = "--alpha above 0" + (", or --beta-alpha" if algo.endswith("meta-sgd") else "")
+        raise RunError(f"--alpha 0: {algo} would never take an inner step; give {remedy}", 2)
+    if trajectories == 1 and baseline in ("step", "linear"):
+        remedy = "give --trajectories 2 or more, or --baseline task"
+        raise RunError(f"--trajectories 1: --baseline {baseline} compares trajectories of a task; {remedy}", 2)
+
+
+def folder_of_all(args):
+    """The folder of all runs on one environment; ids such as module:Name/Env-v0 stay one folder deep."""
+    return args.out / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', args.env)}-{args.rl or 'pg'}"
+
+
+def medium_of(args, env):
+    """--medium as one of the words, or a φ as a list of numbers."""
+    words = args.medium or default_of(ALL_SETTINGS["medium"])
+    if len(words) == 1 and words[0] in envs.MEDIUM_TASKS:
+        return words[0]
+    try:
+        phi = [float(x) for x in words]
+    except ValueError:
+        phi = []
+    if len(phi) != len(env.phi_names) or not all(map(math.isfinite, phi)):
+        expected = f"{', '.join(envs.MEDIUM_TASKS)} or {len(env.phi_names)} number(s): {', '.join(env.phi_names)}"
+        raise RunError(f"--medium {' '.join(words)}: expected {expected}", 2)
+    return phi
+
+
+def check_memory(args, env):
+    """Refuse what cannot fit into memory before it starts: at the least, every task has its parameters twice, and the
+    gradient needs every layer's activations three times."""
+
+    def value(name):
+        given = getattr(args, name)
+        return default_of(ALL_SETTINGS[name], env) if given is None else given
+
+    sizes = [env.obs_dim, *value("hidden"), env.action_dim]
+    params = sum(a * b for a, b in itertools.pairwise(sizes))
+    activations = value("trajectories") * env.horizon * sum(sizes[1:])
+    runs = math.prod(len(getattr(args, name) or [0]) for name in SWEPT)
+    need = 4 * runs * value("tasks") * (2 * params + 3 * activations)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if need > have:
+        raise RunError(
+            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the machine has {have / 2**30:.0f}; give "
+            "fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 2,
+        )  # fmt: skip
