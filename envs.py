@@ -73,6 +73,11 @@ def constants(like, values, xp):
     return xp.stack([xp.full_like(like.reshape(-1)[0], value) for value in values])
 
 
+def last_axis(xp, *parts):
+    """xp.stack(parts, -1), in less than half of numpy's time for it."""
+    return xp.concatenate([part[..., None] for part in parts], -1)
+
+
 def cartpole(phi, noise, xp):
     """gymnasium's CartPole-v1, equations and constants, at gravity φ (m/s²).
 
@@ -82,17 +87,17 @@ def cartpole(phi, noise, xp):
     force, tau = 10.0 + 0 * gravity, 0.02  # N, s
     pole_mass, total_mass, half_length = 0.1, 1.1, 0.5  # kg, kg, m
     pole_moment = pole_mass * half_length
-    limits = constants(phi, (2.4, math.inf, 12 * 2 * math.pi / 360, math.inf), xp)
+    max_x, max_angle = 2.4, 12 * 2 * math.pi / 360  # m, rad
     reward = 1 + 0 * noise[..., 0]
 
     def step(state, action):
         _, x_dot, angle, angle_dot = (state[..., i] for i in range(4))
         cos, sin = xp.cos(angle), xp.sin(angle)
-        temp = (xp.where(action == 1, force, -force) + pole_moment * angle_dot**2 * sin) / total_mass
-        angle_acc = (gravity * sin - cos * temp) / (half_length * (4 / 3 - pole_mass / total_mass * cos**2))
+        temp = (xp.where(action == 1, force, -force) + pole_moment * angle_dot * angle_dot * sin) / total_mass
+        angle_acc = (gravity * sin - cos * temp) / (half_length * (4 / 3 - pole_mass / total_mass * cos * cos))
         x_acc = temp - pole_moment / total_mass * angle_acc * cos
-        state = state + tau * xp.stack((x_dot, x_acc, angle_dot, angle_acc), -1)
-        terminated = (abs(state) > limits).any(-1)
+        state = state + tau * last_axis(xp, x_dot, x_acc, angle_dot, angle_acc)
+        terminated = (abs(state[..., 0]) > max_x) | (abs(state[..., 2]) > max_angle)
         return state, reward, terminated, terminated
 
     return noise * 0.1 - 0.05, step
@@ -143,7 +148,7 @@ def crossing(phi, noise, xp):
 
     def step(state, action):
         speed = action[..., 0]
-        state = state + xp.stack((other_speed, -speed), -1) * (dt / CROSSING_UNIT)
+        state = state + last_axis(xp, other_speed, -speed) * (dt / CROSSING_UNIT)
         distance = xp.sqrt((state**2).sum(-1)) * CROSSING_UNIT
         reward = 1 - (speed / best_speed - 1) ** 2 - 2 * (1 - distance / safe_distance).clip(0)
         collided = distance < collision_distance
