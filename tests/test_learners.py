@@ -1,0 +1,178 @@
+"""iMAML against closed forms on quadratics, linear solves, and differentiation through its inner loop; in float64."""
+
+import pytest
+import torch
+
+from learners import conjugate_gradients, imaml, proximal
+from maml import adapt, expand, maml
+from tests.test_maml import ALPHA, M, S, quadratics, regression
+
+LAMBDA = 2.0
+
+
+def converged(a, c, x):
+    """The minimum of ½a(θ' − c)² + λ/2 (θ' − θ)²: a(θ' − c) + λ(θ' − θ) = 0."""
+    return (a * c + LAMBDA * x) / (a + LAMBDA)
+
+
+@pytest.mark.parametrize("inner_steps", [0, 1, 3, 200])
+def test_imaml_is_the_closed_form_on_quadratics(inner_steps):
+    a, c, x, task_loss = quadratics()
+    theta = {"x": x.clone().requires_grad_()}
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=1)
+    # The proximal objective is a quadratic of curvature a + λ: each step shrinks the distance from its minimum.
+    minimum = converged(a, c, x)
+    adapted = minimum + (1 - ALPHA * (a + LAMBDA)) ** inner_steps * (x - minimum)
+    torch.testing.assert_close(theta["x"].grad, (a * (adapted - c) / (1 + a / LAMBDA)).sum(1, keepdim=True))
+    if inner_steps == 200:  # d/dθ ½a(θ' − c)² at the minimum, with dθ'/dθ = λ/(a + λ)
+        exact = (a * (minimum - c) * LAMBDA / (a + LAMBDA)).sum(1, keepdim=True)
+        torch.testing.assert_close(theta["x"].grad, exact, rtol=1e-12, atol=1e-12)
+
+
+def coupled_quadratics(seed=0):
+    """L = ½ (θ − c)ᵀ A (θ − c) with a positive definite A (S, M, 5, 5) that couples parameters of 2 and 3 numbers."""
+    g = torch.Generator().manual_seed(seed)
+    root = torch.randn(S, M, 5, 5, generator=g, dtype=torch.float64)
+    hessian, c = root @ root.mT, torch.randn(S, M, 5, generator=g, dtype=torch.float64)
+    theta = {
+        "u": torch.randn(S, 1, 2, generator=g, dtype=torch.float64).requires_grad_(),
+        "v": torch.randn(S, 1, 3, 1, generator=g, dtype=torch.float64).requires_grad_(),
+    }
+
+    def task_loss(params):
+        off = torch.cat([params["u"], params["v"].squeeze(3)], 2) - c
+        return 0.5 * torch.einsum("smi,smij,smj->sm", off, hessian, off)
+
+    return hessian, c, theta, task_loss
+
+
+def test_imaml_solves_every_tasks_own_linear_system_over_all_parameters():
+    hessian, c, theta, task_loss = coupled_quadratics()
+    inner_steps, identity = 4, torch.eye(5, dtype=torch.float64)
+    start = torch.cat([theta["u"], theta["v"].squeeze(3)], 2).detach().expand(S, M, 5)
+    adapted = start
+    for _ in range(inner_steps):
+        slope = torch.einsum("smij,smj->smi", hessian, adapted - c) + LAMBDA * (adapted - start)
+        adapted = adapted - 0.01 * slope
+    gradient = torch.einsum("smij,smj->smi", hessian, adapted - c)
+    expected = torch.linalg.solve(identity + hessian / LAMBDA, gradient).sum(1, keepdim=True)
+    imaml(theta, task_loss, 0.01, M, inner_steps, LAMBDA, cg_steps=5)  # 5 numbers: exact after 5 steps
+    torch.testing.assert_close(theta["u"].grad, expected[:, :, :2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(theta["v"].grad, expected[:, :, 2:, None], rtol=1e-9, atol=1e-9)
+
+
+def test_imaml_equals_differentiating_through_many_inner_steps():
+    theta, task_loss = regression()
+    inner_steps = 400
+    start = expand(theta, M)
+
+    def proximal_with_theta_in_the_graph(params):
+        return task_loss(params) + LAMBDA / 2 * sum((params[k] - start[k]).square().sum((2, 3)) for k in params)
+
+    through = adapt(start, proximal_with_theta_in_the_graph, ALPHA, inner_steps)
+    expected = torch.autograd.grad(task_loss(through).sum(), list(theta.values()))
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=24)
+    for p, gradient in zip(theta.values(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-9)
+    solved = theta["w"].grad
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=0)
+    assert (theta["w"].grad - solved).abs().max() > 0.01  # the Hessian matters here
+
+
+def test_imaml_asks_for_one_draw_for_the_hessian_and_the_last_for_the_query():
+    _, c, x, _ = quadratics()
+    curvatures = [1.0, 2.0, 5.0, 3.0]  # of the two inner steps, the Hessian and the query
+    for cg_steps in (1, 4):
+        draws = iter(curvatures)
+        theta = {"x": x.clone().requires_grad_()}
+        imaml(theta, lambda params, d=draws: 0.5 * next(d) * (params["x"] - c) ** 2, ALPHA, M, 2, LAMBDA, cg_steps)
+        assert next(draws, None) is None
+        adapted = x - ALPHA * 1.0 * (x - c)
+        adapted = adapted - ALPHA * (2.0 * (adapted - c) + LAMBDA * (adapted - x))
+        torch.testing.assert_close(theta["x"].grad, (3.0 * (adapted - c) / (1 + 5.0 / LAMBDA)).sum(1, keepdim=True))
+
+
+def test_a_task_of_too_negative_curvature_takes_its_plain_gradient_and_disturbs_no_other():
+    a, c, x, _ = quadratics()
+    a[0, 1] = -3 * LAMBDA  # 1 + a/λ = −2
+    theta = {"x": x.clone().requires_grad_()}
+    imaml(theta, lambda params: 0.5 * a * (params["x"] - c) ** 2, ALPHA, M, 1, LAMBDA, cg_steps=3)
+    gradient = a * (1 - ALPHA * a) * (x - c)
+    solved = gradient / (1 + a / LAMBDA)
+    solved[0, 1] = gradient[0, 1]
+    torch.testing.assert_close(theta["x"].grad, solved.sum(1, keepdim=True))
+
+
+def test_conjugate_gradients_keep_what_they_have_where_a_later_direction_is_not_convex():
+    # A = diag(1, −2), b = (2, 1): bᵀAb = 2, step 5/2, x = (5, 2.5), residual (−3, 6), next direction (−3, 6) + 9b
+    # = (15, 15), whose curvature is −225. The second system, A = diag(1, 4), is solved beside it.
+    a = torch.tensor([[[1.0, -2.0], [1.0, 4.0]]], dtype=torch.float64)
+    b = torch.tensor([[[2.0, 1.0], [2.0, 1.0]]], dtype=torch.float64)
+    for steps in (2, 5):
+        x = conjugate_gradients(lambda v: a * v, b, steps)
+        torch.testing.assert_close(x[0, 0], torch.tensor([5.0, 2.5], dtype=torch.float64))
+        torch.testing.assert_close(x[0, 1], torch.tensor([2.0, 0.25], dtype=torch.float64))
+
+
+def test_imaml_at_a_minimum_is_zero_and_not_nan():
+    _, _, x, _ = quadratics()
+    theta = {"x": x.clone().requires_grad_()}
+    imaml(theta, lambda params: (params["x"] - x).square().expand(S, M), ALPHA, M, 2, LAMBDA, cg_steps=3)
+    assert torch.equal(theta["x"].grad, torch.zeros_like(x))
+
+
+def test_imaml_where_the_loss_is_linear_in_one_parameter_leaves_that_gradient_as_it_is():
+    a, c, x, quadratic = quadratics()
+    theta = {"x": x.clone().requires_grad_(), "y": x.clone().requires_grad_()}
+    imaml(theta, lambda params: quadratic(params) + 3 * params["y"], ALPHA, M, 0, LAMBDA, cg_steps=2)
+    torch.testing.assert_close(theta["y"].grad, torch.full_like(x, 3.0 * M))
+    torch.testing.assert_close(theta["x"].grad, (a * (x - c) / (1 + a / LAMBDA)).sum(1, keepdim=True))
+
+
+def test_runs_of_imaml_never_influence_each_other():
+    theta, task_loss = regression()
+    imaml(theta, task_loss, ALPHA, M, 3, LAMBDA)
+    for s in range(S):
+        run = {key: p[s : s + 1].detach().requires_grad_() for key, p in theta.items()}
+        imaml(run, lambda params, s=s: loss_of_run(task_loss, params, s), ALPHA, M, 3, LAMBDA)
+        assert all(torch.equal(p.grad[s : s + 1], run[key].grad) for key, p in theta.items())
+    alone = {key: p.grad[1] for key, p in theta.items()}
+    with torch.no_grad():
+        theta["w"][0] = torch.nan
+    imaml(theta, task_loss, ALPHA, M, 3, LAMBDA)
+    assert theta["w"].grad[0].isnan().all()  # not hidden
+    assert all(torch.equal(p.grad[1], alone[key]) for key, p in theta.items())
+
+
+def loss_of_run(task_loss, params, s):
+    """task_loss of all runs, asked for run s alone: params (1, M, ...) -> (1, M)."""
+    return task_loss({key: p.expand(S, *p.shape[1:]) for key, p in params.items()})[s : s + 1]
+
+
+def test_an_alpha_of_each_run_works_in_imaml():
+    a, c, x, task_loss = quadratics()
+    alpha = torch.tensor([[0.1], [0.02]], dtype=torch.float64)
+    theta = {"x": x.clone().requires_grad_()}
+    imaml(theta, task_loss, alpha, M, 1, LAMBDA, cg_steps=1)
+    torch.testing.assert_close(theta["x"].grad, (a * (1 - alpha * a) * (x - c) / (1 + a / LAMBDA)).sum(1, keepdim=True))
+
+
+def test_imaml_without_steps_of_either_kind_is_joint_training():
+    theta, task_loss = regression()
+    imaml(theta, task_loss, ALPHA, M, inner_steps=0, cg_steps=0)
+    joint, _ = regression()
+    maml(joint, task_loss, ALPHA, M, inner_steps=0)
+    for key in theta:
+        torch.testing.assert_close(theta[key].grad, joint[key].grad)
+
+
+def test_mistaken_calls_of_imaml_are_refused():
+    theta, task_loss = regression()
+    for lambda_ in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"proximal: lambda_ is {lambda_}; expected a number > 0"):
+            imaml(theta, task_loss, ALPHA, M, lambda_=lambda_)
+    with pytest.raises(ValueError, match=r"the loss \(2, 1\); expected a loss \(S, M\)"):
+        imaml(theta, lambda params: task_loss(params).sum(1, keepdim=True), ALPHA, M)
+    start = expand(theta, M)
+    with pytest.raises(ValueError, match=r"the loss \(2,\); expected a loss \(S, M\)"):
+        adapt(start, proximal(lambda params: task_loss(params).sum(1), start, LAMBDA), ALPHA)
