@@ -1,6 +1,7 @@
-"""iMAML: a meta-learner like those of maml.py, on the same `task_loss` and with the same axes.
+"""iMAML, a meta-learner like those of maml.py, and Sharp-MAML, a wrapper around any of them.
 
-Needs torch and maml.py; copy both files into your project.
+Needs torch and maml.py; copy both files into your project. `task_loss` and the axes are those of maml.py.
+The δ-step goes before either: directed(imaml, delta), and directed(sharp(maml, rho), delta).
 """
 
 import torch
@@ -9,32 +10,35 @@ from maml import adapt, expand, loss_per_task
 
 
 def proximal(task_loss, theta, lambda_):
-    """The objective of iMAML's inner loop, L_Tᵢ(θ') + λ/2 ‖θ' − θ‖²  (Rajeswaran et al. 2019, Eq. 3), as a task_loss.
+    """The objective of iMAML's inner loop, L_Tᵢ(θ') + λ/2 ‖θ' − θ‖²  (Rajeswaran et al. 2019, Eq. 4), as a task_loss.
 
     theta: dict of tensors (S, 1, ...) or (S, M, ...), held constant; so new tasks are adapted to as in training by
     adapt(start, proximal(task_loss, start, lambda_), alpha, inner_steps) with start = expand(theta, num_tasks).
-    Raises ValueError where λ is not positive.
+    Raises ValueError where λ is not positive and finite.
     """
-    if not lambda_ > 0:
-        raise ValueError(f"proximal: lambda_ is {lambda_}; expected a number > 0 (large: θ' stays near θ)")
-    anchor = [p.detach() for p in theta.values()]
+    if not 0 < lambda_ < float("inf"):
+        raise ValueError(f"proximal: lambda_ is {lambda_}; expected a finite number > 0 (large: θ' stays near θ)")
+    anchor = {name: p.detach() for name, p in theta.items()}
 
     def proximal_loss(params):
-        distance = [p - a for p, a in zip(params.values(), anchor, strict=True)]
+        distance = [p - anchor[name] for name, p in params.items()]
         return loss_per_task(task_loss, params) + lambda_ / 2 * flatten(distance).square().sum(2)
 
     return proximal_loss
 
 
 def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_steps=5):
-    """The implicit meta-gradient Σᵢ (I + ∇²L_Tᵢ(θ'ᵢ)/λ)⁻¹ ∇L_Tᵢ(θ'ᵢ)  (Rajeswaran et al. 2019, Eq. 6); fills `.grad`.
+    """The implicit meta-gradient Σᵢ (I + ∇²L_Tᵢ(θ'ᵢ)/λ)⁻¹ ∇L_Tᵢ(θ'ᵢ)  (Rajeswaran et al. 2019, Lemma 1).
 
-    θ'ᵢ: `inner_steps` plain steps on the `proximal` objective. The meta-gradient is exact at its minimum, however that
-    was found; α must be under 2/(λ + the largest curvature), and memory does not grow with inner_steps.
+    Fills `.grad` of theta. θ'ᵢ: `inner_steps` plain steps on the `proximal` objective, at whose minimum this is exact,
+    whatever the path to it; so memory does not grow with them. Needs α < 2/(λ + the largest curvature).
     theta: dict of leaves (S, 1, ...); alpha as in `adapt`, but never learned.
     task_loss is called `inner_steps` + 2 times: for the Hessian once, whatever `cg_steps`, and for the query last.
     cg_steps: steps of conjugate gradients, a Hessian-vector product each; 0 takes ∇L(θ'ᵢ) alone.
+    Raises ValueError as `adapt` and `proximal` do, and where cg_steps is negative.
     """
+    if cg_steps < 0:
+        raise ValueError(f"imaml: cg_steps is {cg_steps}; expected a whole number >= 0 (0: no Hessian)")
     start = expand(theta, num_tasks)
     adapted = adapt(start, proximal(task_loss, start, lambda_), alpha, inner_steps, second_order=False)
     adapted = {name: p.detach().requires_grad_() for name, p in adapted.items()}
@@ -81,3 +85,40 @@ def conjugate_gradients(product, b, steps):
         previous, squared = squared, (residual * residual).sum(2, keepdim=True)
         direction = torch.where(convex, residual + squared / previous * direction, 0.0)  # 0 has no curvature: it stays
     return torch.where((x != 0).any(2, keepdim=True), x, b)
+
+
+def sharp(meta_learner, rho):
+    """The meta-gradient g taken at θ + ρ g(θ)/‖g(θ)‖ instead of at θ: Sharp-MAML_up (Abbas et al. 2022).
+
+    meta_learner: any function (theta, task_loss, ...) that fills `.grad` of theta's leaves, e.g. those of maml.py. It
+    is called twice, each time on data that task_loss draws anew; with ρ = 0 once.
+    rho: radius ρ ≥ 0; the norm is over all parameters of a run, each run has its own. A learned alpha is not perturbed.
+    Returns a function of the same arguments, after which theta is what it was, to the bit, also if a loss fails.
+    Raises ValueError where ρ is negative or not finite.
+    """
+    if not 0 <= rho < float("inf"):
+        raise ValueError(f"sharp: rho is {rho}; expected a finite number >= 0 (0: the plain learner)")
+
+    def sharp_meta_learner(theta, *args, **kwargs):
+        result = meta_learner(theta, *args, **kwargs)
+        if rho == 0:
+            return result
+        before = [p.detach().clone() for p in theta.values()]
+        try:
+            perturb(theta, rho)
+            return meta_learner(theta, *args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for p, value in zip(theta.values(), before, strict=True):
+                    p.copy_(value)
+
+    return sharp_meta_learner
+
+
+@torch.no_grad()
+def perturb(theta, rho):
+    """θ ← θ + ρ g/‖g‖ in place, g the `.grad` of theta's leaves (S, 1, ...); a run whose g is zero stays."""
+    norm = flatten([p.grad for p in theta.values()]).norm(dim=2)  # (S, 1)
+    scale = torch.where(norm > 0, rho / norm, 0.0)
+    for p in theta.values():
+        p += scale.reshape(-1, *[1] * (p.dim() - 1)) * p.grad

@@ -39,11 +39,14 @@ USES = {
         torch.testing.assert_close(theta["x"].detach(), torch.tensor([[0.5]]))  # 1 − 0.25·2
     """,
     "learners.py": """
-        from learners import imaml
+        from learners import imaml, sharp
+        from maml import maml
         theta = {"x": torch.ones(1, 1, requires_grad=True)}
         goals = torch.tensor([[1.0, 2.0, 3.0]])
         imaml(theta, lambda params: (params["x"] - goals).square(), 0.1, 3, inner_steps=1, lambda_=2.0, cg_steps=1)
         torch.testing.assert_close(theta["x"].grad, torch.tensor([[-2 * 0.8 * (1 + 2.0) / (1 + 2 / 2.0)]]))
+        sharp(maml, 0.5)(theta, lambda params: (params["x"] - goals).square(), 0.1, 3)  # at x = 1 − 0.5
+        torch.testing.assert_close(theta["x"].grad, torch.tensor([[-2 * 0.8**2 * 4.5]]))
     """,
 }
 COPIED_WITH = {"learners.py": ["maml.py"]}

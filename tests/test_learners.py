@@ -1,10 +1,11 @@
-"""iMAML against closed forms on quadratics, linear solves, and differentiation through its inner loop; in float64."""
+"""iMAML against closed forms, linear solves and differentiation through its inner loop; Sharp-MAML by hand; float64."""
 
 import pytest
 import torch
 
-from learners import conjugate_gradients, imaml, proximal
-from maml import adapt, expand, maml
+from directed import directed
+from learners import conjugate_gradients, imaml, proximal, sharp
+from maml import META_LEARNERS, adapt, expand, learned_alpha, maml
 from tests.test_maml import ALPHA, M, S, quadratics, regression
 
 LAMBDA = 2.0
@@ -168,11 +169,138 @@ def test_imaml_without_steps_of_either_kind_is_joint_training():
 
 def test_mistaken_calls_of_imaml_are_refused():
     theta, task_loss = regression()
-    for lambda_ in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"proximal: lambda_ is {lambda_}; expected a number > 0"):
+    for lambda_ in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"proximal: lambda_ is {lambda_}; expected a finite number > 0"):
             imaml(theta, task_loss, ALPHA, M, lambda_=lambda_)
+    with pytest.raises(ValueError, match="imaml: cg_steps is -1; expected a whole number >= 0"):
+        imaml(theta, task_loss, ALPHA, M, cg_steps=-1)
     with pytest.raises(ValueError, match=r"the loss \(2, 1\); expected a loss \(S, M\)"):
         imaml(theta, lambda params: task_loss(params).sum(1, keepdim=True), ALPHA, M)
     start = expand(theta, M)
     with pytest.raises(ValueError, match=r"the loss \(2,\); expected a loss \(S, M\)"):
         adapt(start, proximal(lambda params: task_loss(params).sum(1), start, LAMBDA), ALPHA)
+
+
+RHO = 0.3
+
+
+def two_parameters():
+    """L = ½ a (x − c)² + ½ b ‖y‖² with x (S, 1) and y (S, 1, 2): θ, the loss, and MAML's meta-gradient by hand."""
+    a, c, x, quadratic = quadratics()
+    b = a.flip(1) + 0.2
+    y = torch.stack([x, -2 * x], 2)
+
+    def task_loss(params):
+        return quadratic(params) + 0.5 * b * params["y"].square().sum(2)
+
+    def meta_gradient(x, y):  # one inner step shrinks x − c by 1 − αa and y by 1 − αb
+        by_x = (a * (1 - ALPHA * a) ** 2 * (x - c)).sum(1, keepdim=True)
+        by_y = ((b * (1 - ALPHA * b) ** 2).sum(1, keepdim=True))[..., None] * y
+        return by_x, by_y
+
+    return {"x": x.clone().requires_grad_(), "y": y.clone().requires_grad_()}, task_loss, meta_gradient
+
+
+def ascended(x, y, meta_gradient, rho=RHO):
+    """θ + ρ g/‖g‖, one norm for each run, over the three numbers of x and y."""
+    by_x, by_y = meta_gradient(x, y)
+    norm = (by_x**2 + (by_y**2).sum(2)).sqrt()
+    return x + rho * by_x / norm, y + rho * by_y / norm[..., None]
+
+
+def test_sharp_maml_is_derived_by_hand_on_quadratics():
+    theta, task_loss, meta_gradient = two_parameters()
+    before = {key: p.detach().clone() for key, p in theta.items()}
+    sharp(maml, RHO)(theta, task_loss, ALPHA, M)
+    by_x, by_y = meta_gradient(*ascended(before["x"], before["y"], meta_gradient))
+    torch.testing.assert_close(theta["x"].grad, by_x)
+    torch.testing.assert_close(theta["y"].grad, by_y)
+    assert all(torch.equal(p, before[key]) and p.is_leaf for key, p in theta.items())
+
+
+def test_the_delta_step_comes_before_both_gradients_of_sharp_maml():
+    theta, task_loss, meta_gradient = two_parameters()
+    x, y = ((1 - 0.05) * p.detach() for p in theta.values())  # θ − δθ, of the medium loss ½‖θ‖²
+
+    def medium_loss(params):
+        return 0.5 * (params["x"].square() + params["y"].square().sum(2))
+
+    directed(sharp(maml, RHO), 0.05)(theta, medium_loss, task_loss, ALPHA, M)
+    by_x, by_y = meta_gradient(*ascended(x, y, meta_gradient))
+    torch.testing.assert_close(theta["x"].grad, by_x)
+    torch.testing.assert_close(theta["y"].grad, by_y)
+    torch.testing.assert_close(theta["x"].detach(), x)
+    torch.testing.assert_close(theta["y"].detach(), y)
+
+
+@pytest.mark.parametrize("name", META_LEARNERS)
+def test_rho_zero_changes_nothing_and_costs_nothing(name):
+    results, calls = [], []
+    for learner in (META_LEARNERS[name], sharp(META_LEARNERS[name], 0.0)):
+        theta, task_loss = regression()
+        alpha = learned_alpha(theta, ALPHA) if name == "meta-sgd" else ALPHA
+        count = []
+        learner(theta, lambda params, n=count, loss=task_loss: n.append(1) or loss(params), alpha, M)
+        learned = [*theta.values(), *(alpha.values() if name == "meta-sgd" else ())]
+        results.append([p.detach() for p in learned] + [p.grad for p in learned])
+        calls.append(len(count))
+    assert all(torch.equal(plain, with_rho) for plain, with_rho in zip(*results, strict=True))
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("name", ["fomaml", "meta-sgd", "reptile", "imaml"])
+def test_sharp_is_the_learner_at_the_perturbed_theta_for_every_learner(name):
+    learner = {**META_LEARNERS, "imaml": imaml}[name]
+    theta, task_loss = regression()
+    moved, _ = regression()
+    alpha, moved_alpha = (learned_alpha(t, ALPHA) if name == "meta-sgd" else ALPHA for t in (theta, moved))
+    sharp(learner, RHO)(theta, task_loss, alpha, M)
+    learner(moved, task_loss, moved_alpha, M)
+    norms = sum(p.grad.square().sum((1, 2, 3), keepdim=True) for p in moved.values()).sqrt()
+    moved = {key: (p + RHO * p.grad / norms).detach().requires_grad_() for key, p in moved.items()}
+    learner(moved, task_loss, moved_alpha, M)
+    for key, p in theta.items():
+        torch.testing.assert_close(p.grad, moved[key].grad, rtol=1e-10, atol=1e-12)
+        if name == "meta-sgd":
+            assert torch.equal(alpha[key], torch.full_like(alpha[key], ALPHA))  # not perturbed
+            torch.testing.assert_close(alpha[key].grad, moved_alpha[key].grad, rtol=1e-10, atol=1e-12)
+
+
+def test_runs_of_sharp_maml_never_influence_each_other():
+    theta, task_loss = regression()
+    sharp(maml, RHO)(theta, task_loss, ALPHA, M)
+    for s in range(S):
+        run = {key: p[s : s + 1].detach().requires_grad_() for key, p in theta.items()}
+        sharp(maml, RHO)(run, lambda params, s=s: loss_of_run(task_loss, params, s), ALPHA, M)
+        assert all(torch.equal(p.grad[s : s + 1], run[key].grad) for key, p in theta.items())
+
+
+def test_a_run_whose_meta_gradient_is_zero_is_not_perturbed():
+    _, _, x, _ = quadratics()
+    goal = torch.tensor([[0.0], [1.0]], dtype=torch.float64) + x  # the first run is at its minimum
+    theta = {"x": x.clone().requires_grad_()}
+    sharp(maml, RHO)(theta, lambda params: 0.5 * (params["x"] - goal).square().expand(S, M), ALPHA, M)
+    expected = M * (1 - ALPHA) ** 2 * torch.tensor([[0.0], [-1.0 - RHO]], dtype=torch.float64)  # away from the goal
+    torch.testing.assert_close(theta["x"].grad, expected)
+
+
+def test_theta_is_restored_where_the_second_meta_gradient_fails():
+    theta, task_loss = regression()
+    before = {key: p.detach().clone() for key, p in theta.items()}
+    calls = []
+
+    def failing(params):
+        calls.append(params)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return task_loss(params)
+
+    with pytest.raises(KeyboardInterrupt):
+        sharp(maml, RHO)(theta, failing, ALPHA, M)
+    assert all(torch.equal(p, before[key]) for key, p in theta.items())
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_a_rho_that_makes_no_sense_is_refused(rho):
+    with pytest.raises(ValueError, match=f"sharp: rho is {rho}; expected a finite number >= 0"):
+        sharp(maml, rho)
