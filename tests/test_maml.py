@@ -151,12 +151,20 @@ def test_maml_plus_plus_is_derived_by_hand_on_quadratics(weights, second_order):
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_weight_on_the_last_step_alone_is_plain_maml_to_the_bit(second_order):
-    theta, task_loss = regression()
-    expected, _ = regression()
-    maml(theta, task_loss, ALPHA, M, 3, second_order, step_weights=[0, 0, 1])
-    maml(expected, task_loss, ALPHA, M, 3, second_order)
-    assert all(torch.equal(theta[key].grad, expected[key].grad) for key in theta)
+def test_weight_on_the_last_step_alone_is_plain_maml_to_the_bit_and_no_more_work(second_order):
+    results = []
+    for weights in ([0, 0, 1], None):
+        theta, task_loss = regression()
+        backward = []  # one entry for each time that a loss is differentiated
+
+        def watched(params, task_loss=task_loss, backward=backward):
+            loss = task_loss(params)
+            loss.register_hook(lambda gradient: backward.append(1))
+            return loss
+
+        maml(theta, watched, ALPHA, M, 3, second_order, weights)
+        results.append((theta["w"].grad, theta["v"].grad, torch.tensor(len(backward))))
+    assert all(torch.equal(weighted, plain) for weighted, plain in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("second_order", [True, False])
