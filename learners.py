@@ -14,15 +14,22 @@ def proximal(task_loss, theta, lambda_):
 
     theta: dict of tensors (S, 1, ...) or (S, M, ...), held constant; so new tasks are adapted to as in training by
     adapt(start, proximal(task_loss, start, lambda_), alpha, inner_steps) with start = expand(theta, num_tasks).
-    Raises ValueError where λ is not positive and finite.
+    lambda_: λ > 0, a number, or a tensor (S, 1), one for each run.
+    Raises ValueError where λ is none of these.
     """
-    if not 0 < lambda_ < float("inf"):
-        raise ValueError(f"proximal: lambda_ is {lambda_}; expected a finite number > 0 (large: θ' stays near θ)")
+    lambda_ = torch.as_tensor(lambda_, dtype=torch.float64)
+    runs = len(next(iter(theta.values())))
+    if not ((lambda_ > 0) & lambda_.isfinite()).all() or lambda_.shape not in ((), (runs, 1)):
+        raise ValueError(
+            f"proximal: lambda_ is {lambda_.tolist()}; expected a finite number > 0 (large: θ' stays near θ), or a "
+            f"tensor ({runs}, 1), one for each run"
+        )
     anchor = {name: p.detach() for name, p in theta.items()}
 
     def proximal_loss(params):
         distance = [p - anchor[name] for name, p in params.items()]
-        return loss_per_task(task_loss, params) + lambda_ / 2 * flatten(distance).square().sum(2)
+        loss = loss_per_task(task_loss, params)
+        return loss + lambda_.to(loss) / 2 * flatten(distance).square().sum(2)
 
     return proximal_loss
 
@@ -32,7 +39,7 @@ def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_ste
 
     Fills `.grad` of theta. θ'ᵢ: `inner_steps` plain steps on the `proximal` objective, at whose minimum this is exact,
     whatever the path to it; so memory does not grow with them. Needs α < 2/(λ + the largest curvature).
-    theta: dict of leaves (S, 1, ...); alpha as in `adapt`, but never learned.
+    theta: dict of leaves (S, 1, ...); alpha as in `adapt`, but never learned; lambda_ as in `proximal`.
     task_loss is called `inner_steps` + 2 times: for the Hessian once, whatever `cg_steps`, and for the query last.
     cg_steps: steps of conjugate gradients, a Hessian-vector product each; 0 takes ∇L(θ'ᵢ) alone.
     Raises ValueError as `adapt` and `proximal` do, and where cg_steps is negative.
@@ -45,7 +52,8 @@ def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_ste
     hessian = hessian_of(loss_per_task(task_loss, adapted), list(adapted.values()))
     query_loss = loss_per_task(task_loss, adapted)
     gradient = flatten(torch.autograd.grad(query_loss.sum(), list(adapted.values())))  # (S, M, N)
-    solution = conjugate_gradients(lambda direction: direction + hessian(direction) / lambda_, gradient, cg_steps)
+    strength = torch.as_tensor(lambda_, dtype=torch.float64).to(gradient).reshape(-1, 1, 1)  # (S, 1, 1) or (1, 1, 1)
+    solution = conjugate_gradients(lambda direction: direction + hessian(direction) / strength, gradient, cg_steps)
     sizes = [p[0, 0].numel() for p in theta.values()]
     for p, part in zip(theta.values(), solution.sum(1, keepdim=True).split(sizes, 2), strict=True):
         p.grad = part.reshape(p.shape)

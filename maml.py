@@ -167,4 +167,5 @@ META_LEARNERS = {
     "fomaml": partial(maml, second_order=False),
     "meta-sgd": maml,  # with alpha=learned_alpha(theta, alpha), which its optimiser must know
     "reptile": reptile,
+    "maml++": maml,  # with alpha=learned_alpha(theta, alpha, inner_steps) and step_weights
 }

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import checkpoints
 import envs
+import learners
 import maml
 import measures
 import parallel
@@ -30,10 +31,11 @@ import report
 import trained
 from checkpoints import Run, RunError
 from directed import directed
-from settings import ALL_SETTINGS, check_memory, default_of, folder_of_all, make_env, parse, plan
+from settings import ALL_SETTINGS, LEARNED_ALPHA, check_memory, default_of, folder_of_all, make_env, parse, plan
 
 NOTHING = contextlib.nullcontext()
 INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
+BASES = maml.META_LEARNERS | {"imaml": learners.imaml}  # to which sharp- and directed- are put
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
 
@@ -146,7 +148,7 @@ def train_epoch(batch):
         batch.delta.copy_(scheduled_delta(batch))
     start = batch.position()
     # lines 4, 5: the δ-step, directed.py; 7 to 11: the inner steps and the meta-gradient, maml.py
-    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks)
+    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.switches())
     between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
     batch.moves = between - start, batch.position() - between
@@ -208,7 +210,8 @@ def log_epoch(batch, losses, seconds):
         # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
         # its own. They are no training: neither env steps nor seconds count them (one rollout beside five).
         task_loss.draw(task_loss.unmeasured)
-    pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in (0, -1))  # (S,) each
+    steps_of = (0, batch.settings["inner_steps"])  # at θ, and after its inner steps; Sharp-MAML goes on elsewhere
+    pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in steps_of)  # (S,) each
     steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
     batch.ranks.sum([pre, post, steps, broken])  # a rank knows its own tasks' alone, but the whole medium task
     steps = steps + sum(loss.env_steps for loss in losses[:-1])
@@ -251,7 +254,8 @@ def evaluate(batch):
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
-        adapted = maml.adapt(theta, task_loss, batch.eval_alpha, num_steps, second_order=False)
+        objective = task_loss if batch.lambda_ is None else learners.proximal(task_loss, theta, batch.lambda_)
+        adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
     ranks.sum([returns])
@@ -287,8 +291,9 @@ class Batch:
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
         sizes = {
             name: torch.tensor([run.settings[name] or 0.0 for run in runs], dtype=torch.float64, device=device)
-            for name in ("alpha", "beta", "beta_alpha", "eval_alpha")
+            for name in ("alpha", "beta", "beta_alpha", "eval_alpha", "lambda_")
         }
+        self.lambda_ = None if self.settings["lambda_"] is None else sizes["lambda_"][:, None]
         self.alpha = learned_alpha or sizes["alpha"][:, None]  # (S, 1), or (S, 1, ...) each
         self.eval_alpha = (
             learned_alpha or torch.where(sizes["eval_alpha"] > 0, sizes["eval_alpha"], sizes["alpha"])[:, None]
@@ -298,12 +303,29 @@ class Batch:
         self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
         for i, tensors in stacked["optimizer"].items():
             self.optimizer.state[self.learned[i]].update(tensors)
-        base = self.settings["algo"].removeprefix("directed-")
-        learner = partial(maml.META_LEARNERS[base], inner_steps=self.settings["inner_steps"])
-        self.meta_learner = ranks.share(learner, self.learned, average=base == "reptile")
-        if base != self.settings["algo"]:
-            self.delta = torch.zeros(len(runs), dtype=torch.float64)  # set before every epoch
-            self.meta_learner = directed(self.meta_learner, self.delta)
+        self.meta_learner = self.make_meta_learner()
+
+    def make_meta_learner(self):
+        """The one that --algo names, from the inside out: of all ranks together, at θ + ρ g/‖g‖, after the δ-step."""
+        settings, base = self.settings, self.settings["algo"].removeprefix("directed-")
+        meta_learner = partial(BASES[base.removeprefix("sharp-")], inner_steps=settings["inner_steps"])
+        if base == "imaml":
+            meta_learner = partial(meta_learner, lambda_=self.lambda_, cg_steps=settings["cg_steps"])
+        meta_learner = self.ranks.share(meta_learner, self.learned, average=base == "reptile")
+        if base.startswith("sharp-"):
+            meta_learner = learners.sharp(meta_learner, settings["rho"])
+        if base == settings["algo"]:
+            return meta_learner
+        self.delta = torch.zeros(len(self.runs), dtype=torch.float64)  # set before every epoch
+        return directed(meta_learner, self.delta)
+
+    def switches(self):
+        """What the meta-learner takes besides, in this epoch: MAML++'s order and weights of the inner steps."""
+        settings = self.settings
+        if settings["first_order_epochs"] is None:
+            return {}
+        weights = maml.multi_step_weights(settings["inner_steps"], self.epoch, settings["multi_step_epochs"])
+        return {"second_order": self.epoch >= settings["first_order_epochs"], "step_weights": weights}
 
     def only(self, kept):
         """The batch of those runs alone for which `kept` holds; None where there are none."""
@@ -350,7 +372,10 @@ def first_state(settings, env):
     theta = policies.init(
         env.obs_dim, policies.make_head(env.actions), rng, settings["hidden"], critic=settings["rl"] == "ac"
     )
-    alpha = maml.learned_alpha(theta, settings["alpha"]) if settings["algo"].endswith("meta-sgd") else {}
+    alpha = {}
+    if settings["algo"].endswith(LEARNED_ALPHA):
+        steps = settings["inner_steps"] if settings["algo"].endswith("maml++") else None
+        alpha = maml.learned_alpha(theta, settings["alpha"], steps)
     optimizer = {}
     if settings["optimizer"] == "adam":
         zeros = [torch.zeros_like(p) for p in (*theta.values(), *alpha.values())]

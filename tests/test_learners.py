@@ -1,5 +1,7 @@
 """iMAML against closed forms, linear solves and differentiation through its inner loop; Sharp-MAML by hand; float64."""
 
+import re
+
 import pytest
 import torch
 
@@ -158,6 +160,20 @@ def test_an_alpha_of_each_run_works_in_imaml():
     torch.testing.assert_close(theta["x"].grad, (a * (1 - alpha * a) * (x - c) / (1 + a / LAMBDA)).sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lambda_of_each_run_gives_the_bits_that_its_number_gives_alone(dtype):
+    numbers = [2.1, 0.7]  # neither is exact in float32 or float64
+    theta, task_loss = regression(dtype=dtype)
+    lambda_ = torch.tensor(numbers, dtype=torch.float64)[:, None]  # (S, 1)
+    imaml(theta, task_loss, ALPHA, M, inner_steps=2, lambda_=lambda_)
+    for s, number in enumerate(numbers):
+        expected, _ = regression(dtype=dtype)
+        imaml(expected, task_loss, ALPHA, M, inner_steps=2, lambda_=number)
+        for key in theta:
+            assert theta[key].grad.dtype == dtype and torch.equal(theta[key].grad[s], expected[key].grad[s])
+    assert not torch.equal(theta["w"].grad[0], expected["w"].grad[0])  # the runs' numbers do differ
+
+
 def test_imaml_without_steps_of_either_kind_is_joint_training():
     theta, task_loss = regression()
     imaml(theta, task_loss, ALPHA, M, inner_steps=0, cg_steps=0)
@@ -169,8 +185,9 @@ def test_imaml_without_steps_of_either_kind_is_joint_training():
 
 def test_mistaken_calls_of_imaml_are_refused():
     theta, task_loss = regression()
-    for lambda_ in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"proximal: lambda_ is {lambda_}; expected a finite number > 0"):
+    for lambda_ in (0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, 2.0])):
+        shown = re.escape(str(lambda_.tolist() if torch.is_tensor(lambda_) else lambda_))
+        with pytest.raises(ValueError, match=f"proximal: lambda_ is {shown}; expected a finite number > 0"):
             imaml(theta, task_loss, ALPHA, M, lambda_=lambda_)
     with pytest.raises(ValueError, match="imaml: cg_steps is -1; expected a whole number >= 0"):
         imaml(theta, task_loss, ALPHA, M, cg_steps=-1)
