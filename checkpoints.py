@@ -18,12 +18,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 4
+FORMAT = 5
 CHECKPOINT, PENDING, FAILED = "checkpoint.pt", "checkpoint.pt.tmp", "failed.txt"
 # fmt: off
 TABLES = {  # the CSV files, and their columns
     "log": ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med", "delta_norm",
-            "beta_norm", "delta_beta_cosine"],
+            "beta_norm", "delta_beta_cosine", "kl"],
     "eval": ["epoch", "phi", "step", "return"],
 }
 # fmt: on

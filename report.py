@@ -43,7 +43,16 @@ MARKERS = "osD^vPX*<>"
 
 # What may differ between the runs of one line: which run it is, how long and on what it was trained.
 MAY_DIFFER = {"seed", "epochs", "eval_every", "device", "phi_names", "runs_in_batch", "versions"}
-LETTERS = {"alpha": "α", "beta": "β", "delta": "δ", "gamma": "γ", "lambda_": "λ", "rho": "ρ"}
+LETTERS = {
+    "alpha": "α",
+    "beta": "β",
+    "delta": "δ",
+    "gamma": "γ",
+    "lambda_": "λ",
+    "rho": "ρ",
+    "clip": "ε",
+    "kl_penalty": "η",
+}
 OWN_DEFAULTS = {"reptile": ("beta", "inner_steps"), "maml++": ("inner_steps",), "imaml": ("inner_steps",)}
 DELTA_STEP = {"algo", "delta", "medium", "delta_schedule"}  # all that a directed run and its counterpart differ in
 
@@ -74,6 +83,8 @@ def settings_of(config):
     settings = {key: value for key, value in config.items() if key not in MAY_DIFFER and value is not None}
     if math.isclose(settings.get("beta_alpha", 0), settings.get("alpha", 0) * settings["beta"]):
         settings.pop("beta_alpha", None)
+    if settings.get("outer_steps") == 1:  # as in runs from before there was more than one
+        settings.pop("outer_steps")
     if math.isclose(settings.get("lambda_", 0) * (settings.get("alpha") or 0), 1):
         settings.pop("lambda_", None)
     return settings

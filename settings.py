@@ -95,9 +95,13 @@ NEEDS = {
     "the algorithm imaml or directed-imaml": lambda args, algo: algo.endswith("imaml"),
     "the algorithm maml++ or directed-maml++": lambda args, algo: algo.endswith("maml++"),
     "an algorithm with sharp- in its name": lambda args, algo: "sharp-" in algo,
+    "--outer-steps 2 or more, and a query batch, which Reptile lacks": lambda args, algo: (
+        (args.outer_steps or 1) > 1 and not algo.endswith("reptile")
+    ),
 }
 SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
-DIRECTED, LEARNS_ALPHA, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA, IMAML, MAML_PLUS_PLUS, SHARP = NEEDS
+DIRECTED, LEARNS_ALPHA, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA, *OWN = NEEDS
+IMAML, MAML_PLUS_PLUS, SHARP, REPLAYING = OWN
 count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
@@ -121,6 +125,12 @@ SETTINGS = {
         Setting("epochs", "E", "1000", count, 500, identity=False),
         Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories; 0: joint training, the "
                 "control without adaptation", "3", number(int, 0, 10**9), 1),
+        Setting("outer_steps", "β-steps on the same trajectories, all after the first on likelihood ratios to the "
+                "policies that drew them (ProMP); the δ-step comes once, before the first", "5", count, 1),
+        Setting("clip", "ε: later β-steps clip the likelihood ratios of their query batches to 1 ± ε", "0.3",
+                step_size, None, "none", needs=REPLAYING),
+        Setting("kl_penalty", "η: later β-steps add η KL(π_old ‖ π), summed over time, of the policy before adaptation",
+                "0.01", size, 0.0, needs=REPLAYING),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
                 "median (geometric); random: another random task each epoch (the control); pooled: the epoch's own M "
                 "tasks, K / M trajectories of each (the other control); or a φ", "sampled",
@@ -386,6 +396,9 @@ def check_run(settings, beta_alpha):
     if settings["alpha"] == 0 and (algo.endswith(("reptile", "imaml")) or (learned and beta_alpha is None)):
         remedy = "--alpha above 0" + ", or --beta-alpha" * learned
         raise RunError(f"--alpha 0: {algo} would never take an inner step; give {remedy}", 2)
+    if settings["outer_steps"] > 1 and settings["estimator"] != "lvc":
+        steps = f"--outer-steps {settings['outer_steps']}"
+        raise RunError(f"{steps}: --estimator {settings['estimator']} has no likelihood ratio; give lvc", 2)
     if trajectories == 1 and baseline in ("step", "linear"):
         remedy = "give --trajectories 2 or more, or --baseline task"
         raise RunError(f"--trajectories 1: --baseline {baseline} compares trajectories of a task; {remedy}", 2)

@@ -412,11 +412,14 @@ def test_five_ranks_make_the_numbers_of_one_up_to_summation_order(alone, tmp_pat
     assert_same_numbers(tmp_path, alone)
 
 
-@pytest.mark.parametrize("algo", ["directed-sharp-maml", "imaml", "maml++"])
+PROMP = ["--outer-steps", 3, "--clip", 0.1, "--kl-penalty", 1]
+
+
+@pytest.mark.parametrize(("algo", "more"), [("directed-sharp-maml", PROMP), ("imaml", []), ("maml++", [])])
 def test_two_ranks_take_the_norm_of_their_common_gradient_and_whatever_else_a_learner_needs(
-    tmp_path, start_ranks, algo
+    tmp_path, start_ranks, algo, more
 ):
-    words = ["--algo", algo, "--tasks", 2, "--epochs", 2]
+    words = ["--algo", algo, "--tasks", 2, "--epochs", 2, *more]
     train(tmp_path / "alone", *COMMAND, *words)
     assert ends(start_ranks(2, tmp_path / "ranks", *words)) == ([0] * 2, [])
     assert_same_numbers(tmp_path / "ranks", tmp_path / "alone")
