@@ -18,12 +18,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 4
+FORMAT = 5
 CHECKPOINT, PENDING, FAILED = "checkpoint.pt", "checkpoint.pt.tmp", "failed.txt"
 # fmt: off
 TABLES = {  # the CSV files, and their columns
     "log": ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med", "delta_norm",
-            "beta_norm", "delta_beta_cosine"],
+            "beta_norm", "delta_beta_cosine", "kl"],
     "eval": ["epoch", "phi", "step", "return"],
 }
 # fmt: on
@@ -51,6 +51,11 @@ class Run:
     folder: Path
     settings: dict
     state: dict
+
+
+def flag_of(name):
+    """The flag of a setting. One that cannot have its own name in Python has a _ after it: lambda_."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 # --- files: whoever reads one sees the old content or the new, never half of it ---
@@ -230,10 +235,9 @@ def check_settings(state, run):
     for key, value in run.settings.items():
         before = state["settings"].get(key)
         if json.dumps(before, default=repr, skipkeys=True) != json.dumps(value):  # as text: it may even be a tensor
-            flag = "--" + key.replace("_", "-")
             raise RunError(
-                f"{run.folder}: began with {key} {before}, this command says {value}; give {flag} as before, another "
-                "--out, or --overwrite", 2,
+                f"{run.folder}: began with {key} {before}, this command says {value}; give {flag_of(key)} as before, "
+                "another --out, or --overwrite", 2,
             )  # fmt: skip
 
 

@@ -404,9 +404,9 @@ class Ranks:
         """The meta-learner on this rank's share of the tasks, with the sum of all ranks' meta-gradients in `.grad` of
         the parameters `learned`; or the average, for a meta-learner that averages over tasks itself."""
 
-        def shared_meta_learner(theta, task_loss, alpha, num_tasks):
+        def shared_meta_learner(theta, task_loss, alpha, num_tasks, **switches):
             self.take_from_first(list(theta.values()))  # after a δ-step, whose rounding may differ between machines
-            returned = meta_learner(theta, task_loss, alpha, num_tasks // self.count)
+            returned = meta_learner(theta, task_loss, alpha, num_tasks // self.count, **switches)
             self.sum([p.grad for p in learned])
             for p in learned:
                 p.grad /= self.count if average else 1

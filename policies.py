@@ -91,6 +91,15 @@ class Categorical:
     def log_prob(self, params, outputs, actions):
         return outputs.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
+    def distribution(self, params, outputs):
+        """What `kl` compares: the log-probabilities (B, N, size)."""
+        return (outputs.log_softmax(-1),)
+
+    def kl(self, old, new):
+        """KL(old ‖ new) = Σₐ old(a) log(old(a) / new(a)) of two `distribution`s: (B, N)."""
+        (old,), (new,) = old, new
+        return (old.exp() * (old - new)).sum(-1)
+
 
 class Gaussian:
     """Actions in a box, scaled to [−1, 1] per dimension: N(mean(s), σ²), σ learned and the same in every state.
@@ -120,6 +129,16 @@ class Gaussian:
         z = (actions - outputs) / std
         return (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
+    def distribution(self, params, outputs):
+        """What `kl` compares: the means (B, N, size) and standard deviations (B, 1, size)."""
+        return outputs, self.std(params)
+
+    def kl(self, old, new):
+        """KL(old ‖ new) = Σ log(σ'/σ) + (σ² + (μ − μ')²) / 2σ'² − ½ of two `distribution`s: (B, N)."""
+        (mean, std), (new_mean, new_std) = old, new
+        squares = std.square() + (mean - new_mean).square()
+        return ((new_std / std).log() + squares / (2 * new_std.square()) - 0.5).sum(-1)
+
 
 def make_head(actions):
     """The action distribution for `envs.Env.actions`: a count, or a box."""
@@ -138,10 +157,15 @@ def actor(params, head, xp=numpy):
 # --- what the losses are made of ---
 
 
+def flat(x):
+    """(S, M, K, H, ...) -> (B, K·H, ...)."""
+    return x.flatten(0, 1).flatten(1, 2)
+
+
 def log_probs(params, trajectories, head):
     """log π(aₜ|sₜ): (S, M, K, H)."""
-    obs, actions = (trajectories[key].flatten(0, 1).flatten(1, 2) for key in ("obs", "actions"))  # (B, K·H, ...)
-    return head.log_prob(params, mlp(params, "policy")(obs), actions).view(trajectories["mask"].shape)
+    outputs = mlp(params, "policy")(flat(trajectories["obs"]))
+    return head.log_prob(params, outputs, flat(trajectories["actions"])).view(trajectories["mask"].shape)
 
 
 def discounted_sums(x, discount):
@@ -218,7 +242,7 @@ def weigh(x, trajectories, advantages, baseline, gamma):
     return whiten(x, mask, baseline, trajectories["obs"])
 
 
-def surrogate(log_probs, advantages, mask, estimator):
+def surrogate(log_probs, advantages, mask, estimator, old=None, clip=None):
     """A loss (S, M) whose gradient is the policy gradient −Σₜ Aₜ ∇log πₜ: time summed, trajectories averaged.
 
     log_probs, advantages, mask: (S, M, K, H). The estimators share that gradient and differ in their Hessian, which
@@ -228,9 +252,19 @@ def surrogate(log_probs, advantages, mask, estimator):
     dice:  also those of steps before: with raw advantages the exact Hessian in expectation, highest variance (Foerster
            et al. 2018, in the causal form Σₜ Aₜ (□_{≤t} − □_{<t}) of Farquhar et al. 2019, where □ = Π π/stop(π)).
     Whitened advantages depend on θ too, through the baseline and σ, and are held constant: no Hessian is exact then.
+    old: log π_old (S, M, K, H) of the policy that drew the trajectories; the loss then is −Σₜ rₜAₜ, r = π/π_old, which
+    is lvc at π = π_old. clip: ε of −Σₜ min(rₜAₜ, rₜ clipped to 1 ± ε times Aₜ)  (Schulman et al. 2017).
+    Raises ValueError for an old policy with another estimator than lvc.
     """
+    if old is not None and estimator != "lvc":
+        raise ValueError(f"estimator {estimator!r} has no likelihood ratio to an older policy; give 'lvc'")
     log_probs = log_probs * mask
-    if estimator == "naive":
+    if old is not None:
+        weights = (log_probs - old * mask).exp()
+        if clip is not None:
+            gains = torch.minimum(weights * advantages, weights.clamp(1 - clip, 1 + clip) * advantages)
+            return -(gains * mask).sum(-1).mean(-1)
+    elif estimator == "naive":
         weights = log_probs
     elif estimator == "lvc":
         weights = (log_probs - log_probs.detach()).exp()
@@ -250,12 +284,21 @@ ADVANTAGES = ("whitened", "raw")
 # --- the losses: params, trajectories -> (S, M) ---
 
 
-def pg(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=None, advantages="whitened"):
-    """Policy gradient: rewards to go as advantages, summed over time, averaged over trajectories."""
-    mask = trajectories["mask"]
-    returns_to_go = discounted_sums(trajectories["rewards"] * mask, gamma)
-    weights = weigh(returns_to_go, trajectories, advantages, baseline, gamma)
-    return surrogate(log_probs(params, trajectories, head), weights, mask, estimator)
+def pg(
+    params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=None, advantages="whitened", clip=None
+):
+    """Policy gradient: rewards to go as advantages, summed over time, averaged over trajectories.
+
+    Of trajectories that another policy drew, `as_drawn`: the likelihood-ratio loss; clip: see `surrogate`.
+    """
+    drawn = trajectories.get("drawn") or pg_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages)
+    logs = log_probs(params, trajectories, head)
+    return surrogate(logs, drawn["advantages"], trajectories["mask"], estimator, drawn.get("log_probs"), clip)
+
+
+def pg_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages):
+    returns_to_go = discounted_sums(trajectories["rewards"] * trajectories["mask"], gamma)
+    return {"advantages": weigh(returns_to_go, trajectories, advantages, baseline, gamma)}
 
 
 def gae(rewards, values, next_values, mask, gamma, gae_lambda):
@@ -263,26 +306,69 @@ def gae(rewards, values, next_values, mask, gamma, gae_lambda):
     return discounted_sums((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
-def ac(params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=0.95, advantages="whitened"):
+def ac(
+    params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=0.95, advantages="whitened", clip=None
+):
     """Actor-critic: GAE(λ) as advantages, plus ½ the critic's mean squared error to its λ-returns.
 
     A terminated episode is worth nothing from there on; a truncated one is worth V of its last observation.
+    Of trajectories that another policy drew, `as_drawn`: the likelihood-ratio loss, and the λ-returns of that time.
     """
-    mask, critic = trajectories["mask"], mlp(params, "critic")
-    values = critic(trajectories["obs"].flatten(0, 1).flatten(1, 2)).view(mask.shape)
-    with torch.no_grad():
-        last_value = critic(trajectories["last_obs"].flatten(0, 1)).view(mask.shape[:3])
-        last_value = last_value.masked_fill(trajectories["terminated"], 0.0).unsqueeze(-1)
-        next_values = torch.cat([values[..., 1:], last_value], -1)
-        is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
-        next_values = torch.where(is_last, last_value, next_values)
-        estimates = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
-        targets = estimates + values
+    mask = trajectories["mask"]
+    values = mlp(params, "critic")(flat(trajectories["obs"])).view(mask.shape)
+    drawn = trajectories.get("drawn") or ac_estimates(
+        params, trajectories, gamma, baseline, gae_lambda, advantages, values.detach()
+    )
     count = mask.sum((2, 3)).clamp(min=1)
-    value_loss = 0.5 * ((values - targets).square() * mask).sum((2, 3)) / count
-    weights = weigh(estimates, trajectories, advantages, baseline, gamma)
-    return surrogate(log_probs(params, trajectories, head), weights, mask, estimator) + value_loss
+    value_loss = 0.5 * ((values - drawn["targets"]).square() * mask).sum((2, 3)) / count
+    logs = log_probs(params, trajectories, head)
+    return surrogate(logs, drawn["advantages"], mask, estimator, drawn.get("log_probs"), clip) + value_loss
+
+
+@torch.no_grad()
+def ac_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages, values=None):
+    """values: V(s) (S, M, K, H), where it is known."""
+    mask, critic = trajectories["mask"], mlp(params, "critic")
+    if values is None:
+        values = critic(flat(trajectories["obs"])).view(mask.shape)
+    last_value = critic(trajectories["last_obs"].flatten(0, 1)).view(mask.shape[:3])
+    last_value = last_value.masked_fill(trajectories["terminated"], 0.0).unsqueeze(-1)
+    next_values = torch.cat([values[..., 1:], last_value], -1)
+    is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
+    next_values = torch.where(is_last, last_value, next_values)
+    estimates = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
+    return {
+        "advantages": weigh(estimates, trajectories, advantages, baseline, gamma),
+        "targets": estimates + values,  # the λ-returns
+    }
+
+
+# --- several steps on the same trajectories: ProMP (Rothfuss et al. 2019) ---
+
+
+@torch.no_grad()
+def as_drawn(params, trajectories, head, rl, gamma, baseline="task", gae_lambda=0.95, advantages="whitened"):
+    """The trajectories with an entry `drawn`: what stays as it was under params, which drew them, in later losses.
+
+    Its log π and π itself, the advantages, and the targets of an actor-critic. rl: a key of LOSSES.
+    """
+    estimates = ADVANTAGE_ESTIMATES[rl](params, trajectories, gamma, baseline, gae_lambda, advantages)
+    outputs = mlp(params, "policy")(flat(trajectories["obs"]))
+    logs = head.log_prob(params, outputs, flat(trajectories["actions"])).view(trajectories["mask"].shape)
+    kept = {"log_probs": logs, "policy": head.distribution(params, outputs)}
+    return trajectories | {"drawn": estimates | kept}
+
+
+def kl(params, trajectories, head):
+    """KL(π_old ‖ π) of the policy π under params to π_old, which drew the trajectories, `as_drawn`: (S, M).
+
+    Summed over time and averaged over trajectories, as the losses are.
+    """
+    mask = trajectories["mask"]
+    new = head.distribution(params, mlp(params, "policy")(flat(trajectories["obs"])))
+    return (head.kl(trajectories["drawn"]["policy"], new).view(mask.shape) * mask).sum(-1).mean(-1)
 
 
 LOSSES = {"pg": pg, "ac": ac}
+ADVANTAGE_ESTIMATES = {"pg": pg_estimates, "ac": ac_estimates}
 OPTIONS = ("gamma", "estimator", "baseline", "gae_lambda", "advantages")  # of both

@@ -33,7 +33,8 @@ from measures import (
 )
 
 # Okabe & Ito's colours, told apart by colour-blind readers; line style and marker tell the rest.
-COLOURS = {"maml": "#0072B2", "fomaml": "#D55E00", "meta-sgd": "#009E73", "reptile": "#CC79A7"}
+COLOURS = {"maml": "#0072B2", "fomaml": "#D55E00", "meta-sgd": "#009E73", "reptile": "#CC79A7", "maml++": "#56B4E9"}
+COLOURS |= {"imaml": "#E69F00", "sharp-maml": "#000000", "sharp-fomaml": "#7F7F7F"}
 MARKERS = "osD^vPX*<>"
 
 
@@ -42,7 +43,17 @@ MARKERS = "osD^vPX*<>"
 
 # What may differ between the runs of one line: which run it is, how long and on what it was trained.
 MAY_DIFFER = {"seed", "epochs", "eval_every", "device", "phi_names", "runs_in_batch", "versions"}
-LETTERS = {"alpha": "α", "beta": "β", "delta": "δ", "gamma": "γ"}
+LETTERS = {
+    "alpha": "α",
+    "beta": "β",
+    "delta": "δ",
+    "gamma": "γ",
+    "lambda_": "λ",
+    "rho": "ρ",
+    "clip": "ε",
+    "kl_penalty": "η",
+}
+OWN_DEFAULTS = {"reptile": ("beta", "inner_steps"), "maml++": ("inner_steps",), "imaml": ("inner_steps",)}
 DELTA_STEP = {"algo", "delta", "medium", "delta_schedule"}  # all that a directed run and its counterpart differ in
 
 
@@ -72,18 +83,22 @@ def settings_of(config):
     settings = {key: value for key, value in config.items() if key not in MAY_DIFFER and value is not None}
     if math.isclose(settings.get("beta_alpha", 0), settings.get("alpha", 0) * settings["beta"]):
         settings.pop("beta_alpha", None)
+    if settings.get("outer_steps") == 1:  # as in runs from before there was more than one
+        settings.pop("outer_steps")
+    if math.isclose(settings.get("lambda_", 0) * (settings.get("alpha") or 0), 1):
+        settings.pop("lambda_", None)
     return settings
 
 
 def varies(key, runs):
-    """Whether runs differ in a setting: two of one algorithm, or any two that both have it. Reptile's β and number of
-    inner steps are not those of the others."""
+    """Whether runs differ in a setting: two of one algorithm, or any two that both have it. OWN_DEFAULTS are not those
+    of the others."""
     values = defaultdict(set)
     for settings in (run["settings"] for run in runs):
         value, base = json.dumps(settings.get(key)), settings["algo"].removeprefix("directed-")
         values[settings["algo"]].add(value)
         if key in settings:
-            values[key in ("beta", "inner_steps") and base == "reptile"].add(value)
+            values[base if key in OWN_DEFAULTS.get(base, ()) else ""].add(value)
     return any(len(found) > 1 for found in values.values())
 
 
@@ -152,8 +167,8 @@ def parse_config(text):
     for key, kind in kinds.items():
         if not isinstance(config[key], kind) or isinstance(config[key], bool):
             raise ValueError(f"{key} is {config[key]!r}")
-    if not all(isinstance(config.get(key), number) for key in ("alpha", "beta_alpha")):
-        raise ValueError("alpha or beta_alpha is not a number")
+    if not all(isinstance(config.get(key), number) for key in ("alpha", "beta_alpha", "lambda_")):
+        raise ValueError("alpha, beta_alpha or lambda_ is not a number")
     bounds = config["range"]
     if len(bounds) != 2 * len(config["phi_names"]) or not all(isinstance(x, number[:2]) for x in bounds):
         raise ValueError(f"range is {bounds!r}")

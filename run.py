@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import checkpoints
 import envs
+import learners
 import maml
 import measures
 import parallel
@@ -30,10 +31,11 @@ import report
 import trained
 from checkpoints import Run, RunError
 from directed import directed
-from settings import ALL_SETTINGS, check_memory, default_of, folder_of_all, make_env, parse, plan
+from settings import ALL_SETTINGS, LEARNED_ALPHA, check_memory, default_of, folder_of_all, make_env, parse, plan
 
 NOTHING = contextlib.nullcontext()
 INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
+BASES = maml.META_LEARNERS | {"imaml": learners.imaml}  # to which sharp- and directed- are put
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
 
@@ -139,16 +141,21 @@ def train_epoch(batch):
     num_tasks, medium = batch.settings["tasks"], batch.settings["medium"]
     rng, medium_rng = (envs.generators(batch.seeds, purpose, batch.epoch) for purpose in (TASKS, MEDIUM))
     phi = envs.sample_tasks(batch.env, rng, num_tasks)  # line 6: φ ~ ρ, (S, M, P)
-    losses = [TaskLoss(batch, phi, rng, batch.ranks.tasks)]
+    losses = [TaskLoss(batch, phi, rng, batch.ranks.tasks, replayed=batch.settings["outer_steps"] > 1)]
     if medium is not None:
         phi_med = envs.medium_task(batch.env, medium, phi, medium_rng)  # line 1: (S, 1, P)
         losses.insert(0, TaskLoss(batch, phi_med, medium_rng, pooled=medium == "pooled"))
         batch.delta.copy_(scheduled_delta(batch))
     start = batch.position()
     # lines 4, 5: the δ-step, directed.py; 7 to 11: the inner steps and the meta-gradient, maml.py
-    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks)
+    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.switches())
     between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
+    for _ in range(1, batch.settings["outer_steps"]):  # ProMP: more of them on the same trajectories
+        # without the δ-step: it is a plain step, whose data are those of θ before it, and no ratio holds it back
+        losses[-1].replay()
+        batch.undirected(batch.theta, losses[-1], batch.alpha, num_tasks, **batch.switches())
+        batch.optimizer.step()
     batch.moves = between - start, batch.position() - between
     batch.epoch += 1
     losses[-1].unmeasured = adapted
@@ -161,24 +168,45 @@ class TaskLoss:
 
     Of the M tasks it takes its `own` alone, with the noise that they have in any company. Keeps the mean undiscounted
     return (S, M) of every call, and sums up env steps (S,) and seconds of sampling; finite: every loss of a run was
-    (S,)."""
+    (S,).
 
-    def __init__(self, batch, phi, generators, own=slice(None), pooled=False):
+    replayed: it keeps what it draws. After `replay` the n-th call gets the loss on what the n-th call drew, by
+    likelihood ratios, clipped in query batches alone: inner steps are those of `maml.adapt`, whatever the ratio."""
+
+    def __init__(self, batch, phi, generators, own=slice(None), pooled=False, replayed=False):
         self.env, self.sample, self.phi, self.generators, self.own = batch.env, batch.sample, phi, generators, own
         self.num_trajectories, self.pooled = batch.settings["trajectories"] // (phi.shape[1] if pooled else 1), pooled
         options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
+        options.pop("estimator")
+        self.as_drawn = partial(policies.as_drawn, head=batch.head, rl=batch.settings["rl"], **options)
+        self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
+        self.replayed, self.drawn, self.calls = replayed, [], None
         self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
         self.unmeasured = None  # parameters whose return is still to be logged, at no cost to the training
 
     def __call__(self, params):
-        start = time.perf_counter()
-        trajectories = self.draw(params)
-        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
-        self.seconds += time.perf_counter() - start
-        loss = self.loss(params, trajectories)
+        if self.calls is None:
+            start = time.perf_counter()
+            trajectories, clip = self.draw(params), None
+            self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
+            self.seconds += time.perf_counter() - start
+            self.drawn += [self.as_drawn(params, trajectories)] if self.replayed else []
+        else:
+            call, trajectories = next(self.calls)
+            clip = self.clip if call % self.period == 0 else None
+        loss = self.loss(params, trajectories, clip=clip)
         self.finite = self.finite & loss.detach().isfinite().all(1)
         return loss
+
+    def replay(self):
+        """Begin an outer step on what was drawn in the first."""
+        self.calls = iter(enumerate(self.drawn, 1))
+
+    def kl(self, theta):
+        """KL(π_old ‖ π_θ) of the policy before adaptation: (S, M), of a replayed loss."""
+        before, *_ = self.drawn
+        return policies.kl(maml.expand(theta, before["mask"].shape[1]), before, self.head)
 
     def draw(self, params):
         """Fresh trajectories, whose returns are kept; their env steps and seconds are for the caller to count."""
@@ -190,6 +218,22 @@ class TaskLoss:
             trajectories = {key: x.flatten(1, 2).unsqueeze(1) for key, x in trajectories.items()}  # (S, 1, K, ...)
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
         return trajectories
+
+
+def penalised(meta_learner, eta):
+    """Add η Σᵢ ∇KL(π_old ‖ π_θ), of the policy before adaptation, to the meta-gradient of replayed trajectories
+    (Rothfuss et al. 2019). When they are drawn it is 0."""
+
+    def penalised_meta_learner(theta, task_loss, *args, **kwargs):
+        returned = meta_learner(theta, task_loss, *args, **kwargs)
+        if task_loss.calls is not None:
+            penalty = eta * task_loss.kl(theta).sum()
+            gradients = torch.autograd.grad(penalty, list(theta.values()), materialize_grads=True)  # 0 of the critic
+            for p, gradient in zip(theta.values(), gradients, strict=True):
+                p.grad += gradient
+        return returned
+
+    return penalised_meta_learner
 
 
 def scheduled_delta(batch):
@@ -208,9 +252,16 @@ def log_epoch(batch, losses, seconds):
         # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
         # its own. They are no training: neither env steps nor seconds count them (one rollout beside five).
         task_loss.draw(task_loss.unmeasured)
-    pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in (0, -1))  # (S,) each
+    steps_of = (0, batch.settings["inner_steps"])  # at θ, and after its inner steps; Sharp-MAML goes on elsewhere
+    pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in steps_of)  # (S,) each
     steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
-    batch.ranks.sum([pre, post, steps, broken])  # a rank knows its own tasks' alone, but the whole medium task
+    kl = None
+    if task_loss.replayed:
+        with torch.no_grad():
+            kl = task_loss.kl(batch.theta).double().sum(1).cpu() / batch.settings["tasks"]
+    batch.ranks.sum(
+        [pre, post, steps, broken, *([] if kl is None else [kl])]
+    )  # a rank knows its own tasks' alone, but the whole medium task
     steps = steps + sum(loss.env_steps for loss in losses[:-1])
     med = losses[0].returns[0].mean(1).tolist() if len(losses) > 1 else [None] * len(batch.runs)
     norms = step_norms(batch)
@@ -224,7 +275,16 @@ def log_epoch(batch, losses, seconds):
         totals["converged"] |= threshold is not None and totals["smoothed"] > threshold
         times = [totals[key] for key in ("env_steps", "seconds", "sample_seconds")]
         run.state["epoch"] = batch.epoch
-        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i], *norms[i]]])
+        row = [
+            batch.epoch,
+            *times,
+            float(pre[i]),
+            float(post[i]),
+            med[i],
+            *norms[i],
+            None if kl is None else float(kl[i]),
+        ]
+        batch.write(run, "log", [row])
     finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in batch.learned]
     finite += [broken == 0, *(loss.finite.cpu() for loss in losses[:-1])]
     return torch.stack(finite).all(0).tolist()
@@ -251,7 +311,8 @@ def evaluate(batch):
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
-        adapted = maml.adapt(theta, task_loss, batch.eval_alpha, num_steps, second_order=False)
+        objective = task_loss if batch.lambda_ is None else learners.proximal(task_loss, theta, batch.lambda_)
+        adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
     ranks.sum([returns])
@@ -287,8 +348,9 @@ class Batch:
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
         sizes = {
             name: torch.tensor([run.settings[name] or 0.0 for run in runs], dtype=torch.float64, device=device)
-            for name in ("alpha", "beta", "beta_alpha", "eval_alpha")
+            for name in ("alpha", "beta", "beta_alpha", "eval_alpha", "lambda_")
         }
+        self.lambda_ = None if self.settings["lambda_"] is None else sizes["lambda_"][:, None]
         self.alpha = learned_alpha or sizes["alpha"][:, None]  # (S, 1), or (S, 1, ...) each
         self.eval_alpha = (
             learned_alpha or torch.where(sizes["eval_alpha"] > 0, sizes["eval_alpha"], sizes["alpha"])[:, None]
@@ -298,12 +360,30 @@ class Batch:
         self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
         for i, tensors in stacked["optimizer"].items():
             self.optimizer.state[self.learned[i]].update(tensors)
-        base = self.settings["algo"].removeprefix("directed-")
-        learner = partial(maml.META_LEARNERS[base], inner_steps=self.settings["inner_steps"])
-        self.meta_learner = ranks.share(learner, self.learned, average=base == "reptile")
-        if base != self.settings["algo"]:
+        self.calls = self.settings["inner_steps"] + 1 + self.settings["algo"].endswith("imaml")  # up to a query's
+        self.meta_learner = self.undirected = self.make_meta_learner()
+        if self.settings["delta"] is not None:
             self.delta = torch.zeros(len(runs), dtype=torch.float64)  # set before every epoch
-            self.meta_learner = directed(self.meta_learner, self.delta)
+            self.meta_learner = directed(self.undirected, self.delta)
+
+    def make_meta_learner(self):
+        """The one that --algo names, without the δ-step."""
+        settings, base = self.settings, self.settings["algo"].removeprefix("directed-")
+        meta_learner = partial(BASES[base.removeprefix("sharp-")], inner_steps=settings["inner_steps"])
+        if base == "imaml":
+            meta_learner = partial(meta_learner, lambda_=self.lambda_, cg_steps=settings["cg_steps"])
+        if settings["kl_penalty"]:
+            meta_learner = penalised(meta_learner, settings["kl_penalty"])
+        meta_learner = self.ranks.share(meta_learner, self.learned, average=base == "reptile")
+        return learners.sharp(meta_learner, settings["rho"]) if base.startswith("sharp-") else meta_learner
+
+    def switches(self):
+        """What the meta-learner takes besides, in this epoch: MAML++'s order and weights of the inner steps."""
+        settings = self.settings
+        if settings["first_order_epochs"] is None:
+            return {}
+        weights = maml.multi_step_weights(settings["inner_steps"], self.epoch, settings["multi_step_epochs"])
+        return {"second_order": self.epoch >= settings["first_order_epochs"], "step_weights": weights}
 
     def only(self, kept):
         """The batch of those runs alone for which `kept` holds; None where there are none."""
@@ -350,7 +430,10 @@ def first_state(settings, env):
     theta = policies.init(
         env.obs_dim, policies.make_head(env.actions), rng, settings["hidden"], critic=settings["rl"] == "ac"
     )
-    alpha = maml.learned_alpha(theta, settings["alpha"]) if settings["algo"].endswith("meta-sgd") else {}
+    alpha = {}
+    if settings["algo"].endswith(LEARNED_ALPHA):
+        steps = settings["inner_steps"] if settings["algo"].endswith("maml++") else None
+        alpha = maml.learned_alpha(theta, settings["alpha"], steps)
     optimizer = {}
     if settings["optimizer"] == "adam":
         zeros = [torch.zeros_like(p) for p in (*theta.values(), *alpha.values())]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import checkpoints
 import envs
 import maml
 import policies
@@ -38,7 +39,7 @@ class Setting:
 
     @property
     def flag(self):
-        return "--" + self.name.replace("_", "-")
+        return checkpoints.flag_of(self.name)
 
 
 def wrong(text, expected):
@@ -77,20 +78,30 @@ def seeds(text):
 
 
 OPTIMIZERS = ("sgd", "adam")
-ALGORITHMS = (*maml.META_LEARNERS, *("directed-" + name for name in maml.META_LEARNERS))
+UNDIRECTED = (*maml.META_LEARNERS, "imaml", "sharp-maml", "sharp-fomaml")
+ALGORITHMS = (*UNDIRECTED, *("directed-" + name for name in UNDIRECTED))
+LEARNED_ALPHA = ("meta-sgd", "maml++")  # these, with and without the δ-step, learn α
 # Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
-ALGORITHM_DEFAULTS = {"reptile": {"beta": 1.0, "inner_steps": 5}}
+# MAML++ is about several inner steps: with one it is Meta-SGD.
+ALGORITHM_DEFAULTS = {"reptile": {"beta": 1.0, "inner_steps": 5}, "maml++": {"inner_steps": 2}}
 NEEDS = {
     "an algorithm that begins with directed-": lambda args, algo: algo.startswith("directed-"),
-    "the algorithm meta-sgd or directed-meta-sgd": lambda args, algo: algo.endswith("meta-sgd"),
+    "an algorithm whose α is learned": lambda args, algo: algo.endswith(LEARNED_ALPHA),
     "--rl ac": lambda args, algo: args.rl == "ac",
     "--watch RUN": lambda args, algo: args.watch is not None,
     "--advantages whitened": lambda args, algo: args.advantages != "raw",
     "--inner-steps 1 or more": lambda args, algo: args.inner_steps != 0,
-    "an algorithm whose α is not learned": lambda args, algo: not algo.endswith("meta-sgd"),
+    "an algorithm whose α is not learned": lambda args, algo: not algo.endswith(LEARNED_ALPHA),
+    "the algorithm imaml or directed-imaml": lambda args, algo: algo.endswith("imaml"),
+    "the algorithm maml++ or directed-maml++": lambda args, algo: algo.endswith("maml++"),
+    "an algorithm with sharp- in its name": lambda args, algo: "sharp-" in algo,
+    "--outer-steps 2 or more, and a query batch, which Reptile lacks": lambda args, algo: (
+        (args.outer_steps or 1) > 1 and not algo.endswith("reptile")
+    ),
 }
 SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
-DIRECTED, META_SGD, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA = NEEDS
+DIRECTED, LEARNS_ALPHA, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA, *OWN = NEEDS
+IMAML, MAML_PLUS_PLUS, SHARP, REPLAYING = OWN
 count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
@@ -114,6 +125,12 @@ SETTINGS = {
         Setting("epochs", "E", "1000", count, 500, identity=False),
         Setting("inner_steps", "gradient steps of an adaptation, each on fresh trajectories; 0: joint training, the "
                 "control without adaptation", "3", number(int, 0, 10**9), 1),
+        Setting("outer_steps", "β-steps on the same trajectories, all after the first on likelihood ratios to the "
+                "policies that drew them (ProMP); the δ-step comes once, before the first", "5", count, 1),
+        Setting("clip", "ε: later β-steps clip the likelihood ratios of their query batches to 1 ± ε", "0.3",
+                step_size, None, "none", needs=REPLAYING),
+        Setting("kl_penalty", "η: later β-steps add η KL(π_old ‖ π), summed over time, of the policy before adaptation",
+                "0.01", size, 0.0, needs=REPLAYING),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
                 "median (geometric); random: another random task each epoch (the control); pooled: the epoch's own M "
                 "tasks, K / M trajectories of each (the other control); or a φ", "sampled",
@@ -131,7 +148,20 @@ SETTINGS = {
         Setting("delta_schedule", "constant; decay: δ / (1 + epoch / 100); converged: 0 once the smoothed return is "
                 "over the threshold", "decay", default="constant", choices=("constant", "decay", "converged"),
                 needs=DIRECTED),
-        Setting("beta_alpha", "outer step size of Meta-SGD's α", "0.001", step_size, None, "α times β", needs=META_SGD),
+        Setting("beta_alpha", "outer step size of a learned α", "0.001", step_size, None, "α times β",
+                needs=LEARNS_ALPHA),
+    ],
+    "settings of single algorithms": [
+        Setting("lambda_", "λ of iMAML's inner objective L + λ/2 ‖θ' − θ‖²", "100", step_size, None, "1 / α",
+                needs=IMAML),
+        Setting("cg_steps", "steps of conjugate gradients for iMAML's meta-gradient; 0: no Hessian", "10",
+                number(int, 0, 10**9), 5, needs=IMAML),
+        Setting("first_order_epochs", "first epochs of MAML++ with first-order meta-gradients", "0",
+                number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
+        Setting("multi_step_epochs", "MAML++ weighs the losses after all inner steps alike at first, the last alone "
+                "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
+        Setting("rho", "radius ρ of Sharp-MAML: the meta-gradient g is taken at θ + ρ g/‖g‖; 0: at θ", "0.01", size,
+                0.05, needs=SHARP),
     ],
     "sampling and estimation": [
         Setting("tasks", "M tasks an epoch", "20", count, 5),
@@ -228,8 +258,11 @@ def parse(argv, follow_like=True):
             default = shown_default(setting)
             text = setting.help + f" (default {default})" * bool(default) + f"; e.g. {setting.flag} {setting.example}"
             kind = one_of(setting.choices) if setting.choices else setting.type
-            metavar = "{" + ",".join(setting.choices) + "}" if 0 < len(setting.choices) < 5 else setting.name.upper()
-            section.add_argument(setting.flag, type=kind, nargs=setting.nargs, metavar=metavar, help=text)
+            shown = "{" + ",".join(setting.choices) + "}"
+            shown = shown if 0 < len(setting.choices) < 5 else setting.name.rstrip("_").upper()
+            section.add_argument(
+                setting.flag, dest=setting.name, type=kind, nargs=setting.nargs, metavar=shown, help=text
+            )
     # argparse's own pattern takes -1. and -1e-05 for flags
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     args, unknown = parser.parse_known_args(argv)
@@ -334,12 +367,15 @@ def plan(args, algo, env):
     runs = []
     for values in itertools.product(*swept.values()):
         own = settings | dict(zip(swept, values, strict=True))
-        if not (own["alpha"] or own["eval_alpha"] or algo.endswith("meta-sgd")):
+        if not (own["alpha"] or own["eval_alpha"] or algo.endswith(LEARNED_ALPHA)):
             own["eval_alpha"] = default_of(ALL_SETTINGS["alpha"], env, algo)
         check_run(own, args.beta_alpha)
-        if algo.endswith("meta-sgd") and args.beta_alpha is None:
+        if algo.endswith(LEARNED_ALPHA) and args.beta_alpha is None:
             # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
             own["beta_alpha"] = own["alpha"] * own["beta"]
+        if algo.endswith("imaml") and args.lambda_ is None:
+            # Then α(∇L(θ') + λ(θ' − θ)) = α∇L(θ') + θ' − θ: every inner step is θ' ← θ − α∇L(θ'), as far as MAML's one.
+            own["lambda_"] = 1 / own["alpha"]
         varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
         names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
         runs.append((folder_of_all(args) / algo / "/".join(names), own))
@@ -354,11 +390,15 @@ def check_run(settings, beta_alpha):
         raise RunError(
             f"--medium pooled: --trajectories {trajectories} is not a multiple of {tasks}; give one that is", 2
         )
-    if settings["inner_steps"] == 0 and algo.endswith(("reptile", "meta-sgd")):
+    if settings["inner_steps"] == 0 and algo.endswith(("reptile", "imaml", *LEARNED_ALPHA)):
         raise RunError(f"--inner-steps 0: {algo} learns from inner steps; for joint training give --algo maml", 2)
-    if settings["alpha"] == 0 and (algo.endswith("reptile") or (algo.endswith("meta-sgd") and beta_alpha is None)):
-        remedy = "--alpha above 0" + (", or --beta-alpha" if algo.endswith("meta-sgd") else "")
+    learned = algo.endswith(LEARNED_ALPHA)
+    if settings["alpha"] == 0 and (algo.endswith(("reptile", "imaml")) or (learned and beta_alpha is None)):
+        remedy = "--alpha above 0" + ", or --beta-alpha" * learned
         raise RunError(f"--alpha 0: {algo} would never take an inner step; give {remedy}", 2)
+    if settings["outer_steps"] > 1 and settings["estimator"] != "lvc":
+        steps = f"--outer-steps {settings['outer_steps']}"
+        raise RunError(f"{steps}: --estimator {settings['estimator']} has no likelihood ratio; give lvc", 2)
     if trajectories == 1 and baseline in ("step", "linear"):
         remedy = "give --trajectories 2 or more, or --baseline task"
         raise RunError(f"--trajectories 1: --baseline {baseline} compares trajectories of a task; {remedy}", 2)

@@ -19,6 +19,7 @@ import torch
 
 import checkpoints
 import envs
+import learners
 import maml
 import parallel
 import policies
@@ -96,6 +97,8 @@ class Policy:
     def adapt(self, phi=None, episodes=None, steps=None, seed=0):
         """The policy after the run's inner steps (or `steps`) on a task: θ' = θ − α ∇L(θ), each on fresh episodes.
 
+        iMAML's are on its proximal objective; steps beyond those for which MAML++ learned an α take the last one's.
+
         phi: the P numbers of a task of the run's own environment, sampled here with K trajectories a step.
         episodes: data of your own instead: a list for each step of (observations, actions, rewards), one for each
             episode; T actions as the environment took them, and T observations, or T + 1 where it did not terminate.
@@ -111,9 +114,10 @@ class Policy:
             draw = lambda params: next(parts)  # noqa: E731
             steps = len(episodes)
         theta = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
-        adapted = maml.adapt(
-            theta, lambda params: self.loss(params, draw(params)), self.alpha, steps, second_order=False
-        )
+        objective = lambda params: self.loss(params, draw(params))  # noqa: E731
+        if self.settings.get("lambda_") is not None:
+            objective = learners.proximal(objective, theta, self.settings["lambda_"])  # iMAML
+        adapted = maml.adapt(theta, objective, self.alpha, steps, second_order=False)
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 
     def check_phi(self, phi):

@@ -106,7 +106,8 @@ def right_line(rng):
         args.rl = line.get("rl", ["pg"])[0]
     if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
         line["inner_steps"] = ["1"]
-    if any(algo.endswith(("meta-sgd", "reptile")) for algo in line["algo"]) and "0" in line.get("alpha", []):
+    inner = ("meta-sgd", "maml++", "reptile", "imaml")
+    if any(algo.endswith(inner) for algo in line["algo"]) and "0" in line.get("alpha", []):
         line["alpha"] = ["1"]  # α = 0 is joint training too
     if line["trajectories"] == ["1"]:  # too few for most baselines
         line["trajectories"] = ["2"]

@@ -122,6 +122,12 @@ def with_w_per_run(params):
     return {key: p[:, :1] for key, p in params.items()}
 
 
+def test_a_loss_of_each_task_is_refused_as_medium_loss_also_where_theta_is_expanded():
+    theta, task_loss = regression()
+    with pytest.raises(ValueError, match=r"the medium loss has shape \(2, 3\).*expected a loss \(S, 1\)"):
+        directed(maml, 0.1)(expand(theta, M), task_loss, task_loss, ALPHA, M)
+
+
 def test_one_run_refuses_several_deltas():
     theta = {"x": torch.ones(1, 1, requires_grad=True)}
     with pytest.raises(ValueError, match=r"directed: delta is \[0.1, 0.2\] for 1 runs"):

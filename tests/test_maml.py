@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from maml import META_LEARNERS, adapt, expand, learned_alpha, maml, reptile
+from maml import META_LEARNERS, adapt, expand, learned_alpha, maml, multi_step_weights, reptile
 
 S, M, ALPHA = 2, 3, 0.1
 
@@ -119,6 +119,109 @@ def test_batched_runs_and_tasks_equal_a_plain_loop_over_them(name):
         for key, p in theta.items():
             expected = total[key] / (M if name == "reptile" else 1)
             torch.testing.assert_close(p.grad[s : s + 1], expected)
+
+
+def alpha_by_step(steps):
+    """Step sizes (S, 1, steps) of the parameter x of `quadratics`, all different."""
+    return torch.linspace(0.05, 0.3, S * steps, dtype=torch.float64).reshape(S, 1, steps)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("weights", [None, [1.0], [0.2, 0.3, 0.5], [0.7, 0.0, 0.0], torch.tensor([0.1, 0.2, 0.7])])
+def test_maml_plus_plus_is_derived_by_hand_on_quadratics(weights, second_order):
+    a, c, x, task_loss = quadratics()
+    steps = 3 if weights is None else len(weights)
+    alpha = {"x": alpha_by_step(steps).requires_grad_()}
+    theta = {"x": x.clone().requires_grad_()}
+    maml(theta, task_loss, alpha, M, steps, second_order, weights)
+
+    w = [0.0, 0.0, 1.0] if weights is None else [float(number) for number in weights]
+    shrink = 1 - alpha["x"].detach() * a[..., None]  # (S, M, steps): θ'ⱼ − c = Π_{k≤j} (1 − αₖa) (θ − c)
+    off = shrink.cumprod(2) * (x - c)[..., None]  # θ'ⱼ − c for j = 1, .., steps
+    before = torch.cat([(x - c)[..., None], off[..., :-1]], 2)  # θ'ₖ₋₁ − c, where step k starts
+    by_theta, by_alpha = torch.zeros_like(x), torch.zeros_like(alpha["x"])
+    for j in range(steps):  # d/dθ and d/dαₖ of wⱼ ½a(θ'ⱼ − c)²
+        slope = w[j] * a * off[..., j]
+        by_theta += (slope * (shrink.cumprod(2)[..., j] if second_order else 1)).sum(1, keepdim=True)
+        for k in range(j + 1):
+            later = shrink[..., k + 1 : j + 1].prod(2) if second_order else 1  # dθ'ⱼ/dθ'ₖ
+            by_alpha[..., k] -= (slope * later * a * before[..., k]).sum(1, keepdim=True)  # dθ'ₖ/dαₖ = −a(θ'ₖ₋₁ − c)
+    torch.testing.assert_close(theta["x"].grad, by_theta)
+    torch.testing.assert_close(alpha["x"].grad, by_alpha)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_weight_on_the_last_step_alone_is_plain_maml_to_the_bit_and_no_more_work(second_order):
+    results = []
+    for weights in ([0, 0, 1], None):
+        theta, task_loss = regression()
+        backward = []  # one entry for each time that a loss is differentiated
+
+        def watched(params, task_loss=task_loss, backward=backward):
+            loss = task_loss(params)
+            loss.register_hook(lambda gradient: backward.append(1))
+            return loss
+
+        maml(theta, watched, ALPHA, M, 3, second_order, weights)
+        results.append((theta["w"].grad, theta["v"].grad, torch.tensor(len(backward))))
+    assert all(torch.equal(weighted, plain) for weighted, plain in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_alpha_with_equal_steps_is_meta_sgd_and_its_gradient_is_split_over_the_steps(second_order):
+    theta, task_loss = regression()
+    expected, _ = regression()
+    by_step, shared = learned_alpha(theta, ALPHA, inner_steps=3), learned_alpha(expected, ALPHA)
+    maml(theta, task_loss, by_step, M, 3, second_order)
+    maml(expected, task_loss, shared, M, 3, second_order)
+    for key, p in theta.items():
+        assert by_step[key].is_leaf and by_step[key].shape == (S, 1, 3, *p.shape[2:])
+        assert torch.equal(p.grad, expected[key].grad)
+        torch.testing.assert_close(by_step[key].grad.sum(2), shared[key].grad)
+        assert (by_step[key].grad[:, :, 0] - by_step[key].grad[:, :, 2]).abs().max() > 1e-3
+
+
+def test_learned_alpha_by_step_starts_at_the_number_of_its_run():
+    theta, _ = regression()
+    numbers = torch.tensor([[0.1], [0.003]], dtype=torch.float64)
+    for p in learned_alpha(theta, numbers, inner_steps=2).values():
+        assert p.requires_grad and torch.equal(p.detach(), numbers.reshape(S, 1, 1, 1, 1).expand_as(p))
+
+
+def test_steps_beyond_those_that_alpha_knows_take_the_last():
+    a, c, x, task_loss = quadratics()
+    alpha = alpha_by_step(2)
+    start = expand({"x": x.clone().requires_grad_()}, M)
+    adapted = adapt(start, task_loss, {"x": alpha}, inner_steps=4)["x"]
+    shrink = (1 - alpha[..., 0] * a) * (1 - alpha[..., 1] * a) ** 3
+    torch.testing.assert_close(adapted, c + shrink * (x - c))
+
+
+def test_weighted_steps_cost_no_further_loss():
+    _, c, x, _ = quadratics()
+    draws = iter([1.0, 2.0, 5.0])  # curvatures of the first step, of the second, and of the query
+    theta = {"x": x.clone().requires_grad_()}
+    maml(theta, lambda p: 0.5 * next(draws) * (p["x"] - c) ** 2, ALPHA, M, 2, step_weights=[0.25, 0.75])
+    assert next(draws, None) is None
+    first = (1 - 1.0 * ALPHA) * (x - c)  # θ'₁ − c, on which the second step's draw is a query
+    second = (1 - 2.0 * ALPHA) * first
+    by_hand = 0.25 * 2.0 * first * (1 - ALPHA) + 0.75 * 5.0 * second * (1 - ALPHA) * (1 - 2 * ALPHA)
+    torch.testing.assert_close(theta["x"].grad, by_hand.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("weights, inner_steps", [([1.0], 2), ([0.5, 0.5], 1), ([0.0, 0.0], 2), ([], 0)])
+def test_step_weights_that_do_not_fit_the_inner_steps_are_refused(weights, inner_steps):
+    theta, task_loss = regression()
+    with pytest.raises(ValueError, match=r"maml: step_weights is \[.*; expected a number for each, not all 0"):
+        maml(theta, task_loss, ALPHA, M, inner_steps, step_weights=weights)
+
+
+def test_multi_step_weights_go_from_equal_to_the_last_step_alone():
+    assert multi_step_weights(4, 0, 10) == [0.25, 0.25, 0.25, 0.25]
+    assert multi_step_weights(4, 5, 10) == [0.125, 0.125, 0.125, 0.625]
+    for epoch, epochs in ((10, 10), (99, 10), (0, 0)):
+        assert multi_step_weights(4, epoch, epochs) == [0, 0, 0, 1]
+    assert multi_step_weights(1, 0, 10) == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

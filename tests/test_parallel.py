@@ -400,7 +400,7 @@ def assert_same_numbers(got, expected):
         for ours, theirs in zip(rows(got / path), rows(expected / path), strict=True):
             assert ours.keys() == theirs.keys()
             for key in ours.keys() - {"phi"}:
-                assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-5)
+                assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=1e-5)  # "": no δ-step
     for path in expected.rglob("checkpoint.pt"):
         states = [torch.load(p, weights_only=True) for p in (path, got / path.relative_to(expected))]
         for name, expected_value in states[0]["theta"].items():
@@ -410,6 +410,19 @@ def assert_same_numbers(got, expected):
 def test_five_ranks_make_the_numbers_of_one_up_to_summation_order(alone, tmp_path, start_ranks):
     assert ends(start_ranks(5, tmp_path, "--epochs", 3)) == ([0] * 5, [])
     assert_same_numbers(tmp_path, alone)
+
+
+PROMP = ["--outer-steps", 3, "--clip", 0.1, "--kl-penalty", 1]
+
+
+@pytest.mark.parametrize(("algo", "more"), [("directed-sharp-maml", PROMP), ("imaml", []), ("maml++", [])])
+def test_two_ranks_take_the_norm_of_their_common_gradient_and_whatever_else_a_learner_needs(
+    tmp_path, start_ranks, algo, more
+):
+    words = ["--algo", algo, "--tasks", 2, "--epochs", 2, *more]
+    train(tmp_path / "alone", *COMMAND, *words)
+    assert ends(start_ranks(2, tmp_path / "ranks", *words)) == ([0] * 2, [])
+    assert_same_numbers(tmp_path / "ranks", tmp_path / "alone")
 
 
 def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, torchrun):

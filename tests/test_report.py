@@ -205,6 +205,18 @@ def test_algorithms_that_differ_in_a_setting_are_named_by_it_but_for_reptiles_ow
     assert list(report.read(tmp_path)[0]) == ["maml, tasks = 5", "reptile, tasks = 20"]
 
 
+def test_imaml_and_maml_plus_plus_have_their_own_number_of_inner_steps_and_lambda_follows_from_alpha(tmp_path):
+    owns = {"a": ("maml", 1, {}), "b": ("maml++", 2, {}), "c": ("imaml", 3, {"lambda_": 1000})}
+    owns["d"] = ("imaml", 3, {"lambda_": 100, "alpha": 0.01})
+    for name, (algo, inner_steps, own) in owns.items():
+        write_run(tmp_path / name / "seed1", algo, None, [1.0] * 3)
+        change(tmp_path / name / "seed1", **{"inner_steps": inner_steps, "alpha": 0.001} | own)
+    labels = ["maml, α = 0.001", "maml++, α = 0.001", "imaml, α = 0.001", "imaml, α = 0.01"]
+    assert list(report.read(tmp_path)[0]) == labels
+    change(tmp_path / "d" / "seed1", inner_steps=3, alpha=0.001, lambda_=5)
+    assert "imaml, λ = 5" in report.read(tmp_path)[0]
+
+
 def test_what_follows_from_other_settings_or_does_not_matter_names_no_line(tmp_path):
     for alpha, epochs in ((0.001, 10), (0.01, 20)):
         write_run(tmp_path / f"{alpha}" / "seed1", "meta-sgd", None, [1.0] * 3)

@@ -105,7 +105,7 @@ FLAGS = [
     # unknown words
     (["--algo", "fomal"], "--algo: 'fomal': did you mean fomaml?"),
     (["--algo", "directed_maml"], "--algo: 'directed_maml': did you mean directed-maml?"),
-    (["--algo", "xyz"], "--algo: 'xyz': choose from maml, fomaml, meta-sgd, reptile, directed-maml"),
+    (["--algo", "xyz"], "--algo: 'xyz': choose from maml, fomaml, meta-sgd, reptile, maml++, imaml"),
     (["--rl", "ppo"], "--rl: 'ppo': choose from pg, ac"),
     (["--estimator", "dise"], "--estimator: 'dise': did you mean dice?"),
     (["--baseline", "steps"], "--baseline: 'steps': did you mean step?"),
@@ -122,7 +122,7 @@ FLAGS = [
     (["--delta", "0.1"], "--delta does nothing without an algorithm that begins with directed-"),
     (["--medium", "random"], "--medium does nothing without an algorithm that begins with directed-"),
     (["--delta-schedule", "decay"], "--delta-schedule does nothing without an algorithm that begins with directed-"),
-    (["--beta-alpha", "0.1"], "--beta-alpha does nothing without the algorithm meta-sgd"),
+    (["--beta-alpha", "0.1"], "--beta-alpha does nothing without an algorithm whose α is learned"),
     (["--gae-lambda", "0.9"], "--gae-lambda does nothing without --rl ac"),
     (["--phi", "12"], "--phi does nothing without --watch RUN"),
     (["--param", "gravity"], "--param gravity: cartpole has its own φ; leave --param out"),

@@ -30,9 +30,20 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
 
 
 def test_the_examples_of_help_are_accepted():
-    required = {"env": "cartpole", "algo": "directed-maml directed-meta-sgd", "rl": "ac", "watch": "run"}
+    required = {
+        "env": "cartpole",
+        "algo": "directed-maml++ meta-sgd imaml sharp-maml",
+        "outer_steps": "2",
+        "rl": "ac",
+        "watch": "run",
+    }
     for name, setting in ALL_SETTINGS.items():
-        words = [word for key, value in required.items() if key != name for word in (f"--{key}", *value.split())]
+        words = [
+            word
+            for key, value in required.items()
+            if key != name
+            for word in ("--" + key.replace("_", "-"), *value.split())
+        ]
         if setting.type is not bool and name != "like":  # which must exist
             parse([*words, setting.flag, *setting.example.split()])
 

@@ -1,0 +1,199 @@
+"""What iMAML, MAML++ and Sharp-MAML need of run.py: schedules, settings, checkpoints, evaluation, the loaded run."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints
+import run
+import trained
+from settings import make_env, parse, plan
+from tests.commands import refused, rows, train
+
+STILL = ["--beta", 1e-30]  # θ stays where it began
+
+
+def state(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def planned(algo, *words):
+    args = parse(["--env", "cartpole", "--algo", algo, *map(str, words)])
+    return [settings for _, settings in plan(args, algo, make_env(args))]
+
+
+# --- a run is the same however it is run ---
+
+
+@pytest.mark.parametrize(
+    ("algo", "words"),
+    [
+        ("directed-imaml", []),
+        ("directed-maml++", ["--first-order-epochs", 1, "--multi-step-epochs", 2]),  # both change while it is stopped
+        ("directed-sharp-maml", ["--rho", 0.5]),
+        ("sharp-fomaml", ["--optimizer", "sgd"]),
+    ],
+)
+def test_every_bit_is_the_same_alone_and_in_a_sweep_and_after_resuming(tmp_path, algo, words):
+    words = ["--optimizer", "adam", "--eval-steps", 3, *words]
+    train(tmp_path / "alone", "--seed", 2, "--alpha", 0.1, *words, algo=algo, epochs=3)
+    sweep = ["--seed", 1, 2, "--alpha", 0.001, 0.1, *words]
+    train(tmp_path / "sweep", *sweep, algo=algo, epochs=1)
+    train(tmp_path / "sweep", *sweep, "--resume", algo=algo, epochs=3)
+    delta = "delta0.005/" if algo.startswith("directed") else ""
+    alone = tmp_path / f"alone/cartpole-pg/{algo}/{delta}seed2"
+    together = tmp_path / f"sweep/cartpole-pg/{algo}/alpha0.1/{delta}seed2"
+    assert rows(alone / "log.csv") == rows(together / "log.csv")
+    at_the_end = [[row for row in rows(x / "eval.csv") if row["epoch"] == "3"] for x in (alone, together)]
+    assert at_the_end[0] == at_the_end[1] and len(at_the_end[0]) == 10 * 4  # tasks; 0 to 3 inner steps
+    for part in ("theta", "alpha"):
+        ours, theirs = state(alone)[part], state(together)[part]
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.filterwarnings("error")  # which would be more lines
+@pytest.mark.parametrize("algo", ["directed-imaml", "directed-maml++", "directed-sharp-maml"])
+def test_a_run_that_explodes_fails_alone(tmp_path, capsys, algo):
+    """δ is beyond float32 in one of two runs."""
+    train(tmp_path / "alone", "--delta", 0.005, algo=algo, epochs=2)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "both", "--delta", 0.005, 1e39, algo=algo, epochs=2)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "delta1e+39/seed1: a loss or parameter is not" in error
+    logs = [rows(tmp_path / x / "cartpole-pg" / algo / "delta0.005/seed1/log.csv") for x in ("alone", "both")]
+    assert logs[0] == logs[1]
+
+
+# --- settings ---
+
+
+def test_lambda_is_one_over_the_alpha_of_each_run_unless_it_is_given():
+    assert [x["lambda_"] for x in planned("directed-imaml", "--alpha", 0.001, 0.1)] == [1000, 10]
+    assert [x["lambda_"] for x in planned("imaml", "--alpha", 0.001, 0.1, "--lambda", 3)] == [3, 3]
+    assert planned("maml")[0]["lambda_"] is planned("maml")[0]["rho"] is planned("maml")[0]["cg_steps"] is None
+    assert planned("directed-maml++")[0]["beta_alpha"] == pytest.approx(0.001 * 0.001)  # α times β, as Meta-SGD's
+
+
+@pytest.mark.parametrize(
+    ("algo", "words", "says"),
+    [
+        ("maml", ["--lambda", 1], "--lambda does nothing without the algorithm imaml or directed-imaml"),
+        ("maml++", ["--cg-steps", 1], "--cg-steps does nothing without the algorithm imaml"),
+        ("imaml", ["--first-order-epochs", 1], "--first-order-epochs does nothing without the algorithm maml++"),
+        ("maml", ["--rho", 1], "--rho does nothing without an algorithm with sharp- in its name"),
+        ("maml++", ["--eval-alpha", 1], "--eval-alpha does nothing without an algorithm whose α is not learned"),
+        ("imaml", ["--lambda", 0], "--lambda: '0': expected a finite number > 0"),
+        ("imaml", ["--alpha", 0], "--alpha 0: imaml would never take an inner step; give --alpha above 0"),
+        ("maml++", ["--alpha", 0], "give --alpha above 0, or --beta-alpha"),
+        ("imaml", ["--inner-steps", 0], "--inner-steps 0: imaml learns from inner steps"),
+        ("maml++", ["--inner-steps", 0], "--inner-steps 0: maml++ learns from inner steps"),
+    ],
+)
+def test_flags_that_have_no_effect_are_refused(tmp_path, capsys, algo, words, says):
+    assert says in refused(capsys, tmp_path, *words, algo=algo)
+
+
+def test_a_run_that_began_with_another_lambda_names_the_flag(tmp_path, capsys):
+    train(tmp_path, algo="imaml", epochs=1)
+    assert "give --lambda as before" in refused(capsys, tmp_path, "--resume", "--lambda", 2, algo="imaml")
+
+
+def test_maml_plus_plus_is_of_first_order_at_first_and_weighs_its_inner_steps_ever_less():
+    """With N = 4 steps and E = 10 epochs the first three weights are (1 − epoch/E)/N each, and all sum up to 1."""
+    settings = {"first_order_epochs": 5, "multi_step_epochs": 10, "inner_steps": 4}
+    for epoch, second_order, early in (
+        (0, False, 1 / 4),
+        (4, False, 0.15),
+        (5, True, 1 / 8),
+        (10, True, 0),
+        (11, True, 0),
+    ):
+        switches = run.Batch.switches(SimpleNamespace(settings=settings, epoch=epoch))
+        assert switches["second_order"] is second_order
+        assert switches["step_weights"] == pytest.approx([early] * 3 + [1 - 3 * early])
+    assert run.Batch.switches(SimpleNamespace(settings={"first_order_epochs": None})) == {}
+
+
+def test_maml_plus_plus_learns_an_alpha_for_each_inner_step(tmp_path):
+    train(tmp_path, "--inner-steps", 3, "--beta-alpha", 1e-4, algo="maml++", epochs=1)
+    alpha = state(tmp_path / "cartpole-pg/maml++/seed1")["alpha"]["policy.1.weight"]
+    assert alpha.shape == (1, 1, 3, 8, 2)  # (S, 1, steps, ...)
+    moves = (alpha - 0.001)[0, 0]
+    assert (moves.flatten(1) != 0).any(1).all() and not torch.equal(moves[0], moves[1])
+
+
+# --- what is logged ---
+
+
+def test_sharp_maml_logs_the_returns_at_theta_and_samples_twice(tmp_path):
+    """Where its second meta-gradient is taken, at θ + ρ g/‖g‖ with ρ = 10, the policy is another one."""
+    train(tmp_path, *STILL, algo="fomaml", epochs=1)
+    train(tmp_path, *STILL, "--rho", 10, algo="sharp-fomaml", epochs=1)
+    (plain,), (sharp,) = (rows(tmp_path / f"cartpole-pg/{algo}/seed1/log.csv") for algo in ("fomaml", "sharp-fomaml"))
+    assert [plain[x] for x in ("return_pre", "return_post")] == [sharp[x] for x in ("return_pre", "return_post")]
+    assert int(sharp["env_steps"]) > 1.5 * int(plain["env_steps"])
+
+
+def test_imaml_samples_for_its_hessian_and_its_query_after_the_inner_steps(tmp_path):
+    train(tmp_path, *STILL, "--inner-steps", 2, env="point", algo="imaml", epochs=1)
+    (row,) = rows(tmp_path / "point-pg/imaml/seed1/log.csv")
+    assert int(row["env_steps"]) == (2 + 1 + 1) * 2 * 3 * 12  # M K H
+
+
+# --- adapting as in training ---
+
+
+def test_imaml_is_evaluated_on_its_proximal_objective(tmp_path):
+    """It pulls θ' back to θ: the first step, at θ, does not know it; with λ → 0 there is none."""
+    for name, algo, words in (("none", "imaml", ["--lambda", 1e-9]), ("strong", "imaml", []), ("maml", "maml", [])):
+        words = [*words, "--eval-steps", 2, *STILL, "--alpha", 0.1]
+        train(tmp_path / name, *words, env="point", algo=algo, epochs=1)
+    returns = {}
+    for path in tmp_path.rglob("eval.csv"):
+        table = rows(path)
+        returns[path.relative_to(tmp_path).parts[0]] = [
+            [float(row["return"]) for row in table if row["step"] == str(step)] for step in range(3)
+        ]
+    for step in range(3):
+        assert returns["none"][step] == pytest.approx(returns["maml"][step], rel=1e-4)
+    assert returns["strong"][0] == returns["maml"][0]
+    assert returns["strong"][1] == pytest.approx(returns["maml"][1], rel=1e-6)
+    assert returns["strong"][2] != pytest.approx(returns["maml"][2], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    """Three lists of two CartPole episodes."""
+    rng = np.random.default_rng(0)
+    return [[(rng.normal(size=(6, 4)), rng.integers(0, 2, 5), rng.normal(size=5)) for _ in range(2)] for _ in range(3)]
+
+
+def test_a_loaded_imaml_run_takes_the_steps_of_its_proximal_objective(tmp_path, episodes):
+    """θ₁ = θ − αg(θ), and θ₂ = θ₁ − α(g(θ₁) + λ(θ₁ − θ)), g on the episodes of each step."""
+    train(tmp_path, "--alpha", 0.1, "--lambda", 3, algo="imaml", epochs=1)
+    policy = trained.load(tmp_path / "cartpole-pg/imaml/seed1")
+    assert policy.inner_steps == planned("imaml")[0]["inner_steps"]
+    theta = first = policy.theta
+    for part in episodes[:2]:
+        leaves = {name: p.clone().requires_grad_() for name, p in first.items()}
+        loss = policy.loss(leaves, policy.trajectories(part))
+        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        pulled = zip(first.items(), gradients, theta.values(), strict=True)
+        first = {name: p - 0.1 * (g + 3 * (p - start)) for (name, p), g, start in pulled}
+    adapted = policy.adapt(episodes=episodes[:2]).theta
+    for name, p in first.items():
+        torch.testing.assert_close(adapted[name], p.detach(), rtol=1e-5, atol=1e-7)
+    policy.adapt(phi=[9.0])
+
+
+def test_a_loaded_maml_plus_plus_run_takes_its_last_alpha_for_all_further_steps(tmp_path, episodes):
+    train(tmp_path, "--alpha", 0.1, "--beta-alpha", 1e-2, algo="maml++", epochs=1)
+    policy = trained.load(tmp_path / "cartpole-pg/maml++/seed1")
+    assert policy.inner_steps == 2 and len(policy.alpha["policy.0.bias"][0, 0]) == 2
+    three = {name: torch.cat([p, p[:, :, -1:]], 2) for name, p in policy.alpha.items()}
+    expected = checkpoints.take(trained.replace(policy, alpha=three).adapt(episodes=episodes).theta, 0)
+    got = policy.adapt(episodes=episodes).theta
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert not torch.equal(policy.alpha["policy.1.weight"][:, :, 0], policy.alpha["policy.1.weight"][:, :, 1])
