@@ -46,7 +46,8 @@ def load(folder, trusted_env=None):
         for key, least in (("horizon", 1), ("trajectories", 1), ("inner_steps", 0), ("seed", 0)):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ValueError(f"{key} is {settings[key]!r}")
-        env = envs.make(name, settings["param"], settings["range"], settings["horizon"])
+        values = settings.get("values")
+        env = envs.make(name, settings["param"], None if values else settings["range"], settings["horizon"], values)
         env = envs.with_phi_observed(env) if settings["oracle"] else env
         alpha = state["alpha"] or float(settings["eval_alpha"] or settings["alpha"])
         policy = Policy(env, settings, state["theta"], alpha)
