@@ -326,7 +326,7 @@ def make_env(args):
             envs.check_bounds("eval_range", args.eval_range, env.phi_names)
         grid = envs.held_out_tasks(env, args.eval_range, args.eval_values)
         if env.in_workers and (args.eval_range or args.eval_values):
-            env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.tolist())
+            env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
     except ValueError as error:
         raise RunError(re.sub(r"`(\w+)`", flag_of, str(error)), 2) from error
     for name in ("epochs", "threshold"):

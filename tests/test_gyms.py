@@ -243,7 +243,48 @@ def test_a_run_on_listed_tasks_trains_is_reported_watched_and_repeated(tmp_path,
         assert again["values"] == values and again["eval_values"] == [2, 3]
     policy = trained.load(folder / "seed1")
     assert policy.env.values == ((0,), (1,), (3,)) and policy.adapt(phi=[3]).act(np.zeros(6)) in (0, 1)
-    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--watch", str(folder / "seed1")])
+    said = capsys.readouterr()
+    assert said.out.startswith("level = 0 | 3: after 2 equal random actions no observation differs; the rewards")
+    assert stop.value.code == 1 and said.err.count("\n") == 1
+    assert "--watch: Room-v0 cannot be rendered here (TypeError: " in said.err and "MUJOCO_GL" in said.err
+
+
+def test_what_phi_changes_is_what_a_plain_loop_over_gymnasium_sees():
+    """And so that a lander which falls upward is noticed: its vertical position and speed are observations 1 and 3."""
+    env = make("lunarlander")
+    noise = envs.draw_noise(env, envs.generators([0], trained.WATCH, 2), 1, 1)
+    seed, seen = int(noise["reset"].item() * 2**24), []
+    noise = envs.draw_noise(envs.replace(env, horizon=11), envs.generators([0], trained.WATCH, 2), 1, 1)
+    for gravity in (-5.0, -15.0):
+        lander = gymnasium.make("LunarLander-v3").unwrapped
+        lander.gravity = gravity
+        start = lander.reset(seed=seed)[0][3]
+        steps = [lander.step(int(action)) for action in noise["action"][0, 0, 0].argmax(-1)[:10]]
+        seen.append((steps[-1][0][3], sum(step[1] for step in steps)))
+    (low, paid_low), (high, paid_high) = seen
+    assert start > low > high
+    said = trained.what_phi_changes(env)
+    assert said.startswith("gravity (m/s²) = 5 | 15: after 10 equal random actions observation ")
+    assert f"observation 3 went from {start:.4g} to {low:.4g} | {high:.4g}" in said
+    assert said.endswith(f"the rewards sum to {paid_low:.4g} | {paid_high:.4g}")
+
+
+def test_an_environment_that_renders_nothing_is_one_line(tmp_path, capsys):
+    class Blind(Room):
+        def __init__(self, render_mode=None):
+            super().__init__()
+
+        def render(self):
+            return None
+
+    gymnasium.register("Blind-v0", Blind, max_episode_steps=3)
+    train(tmp_path, "--param", "pull", "--range", 0, 1, env="Blind-v0", epochs=1)
+    with pytest.raises(SystemExit):
+        run.main(["--watch", str(tmp_path / "Blind-v0-pg/fomaml/seed1")])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be rendered here (TypeError: render returns no picture)" in error
 
 
 @pytest.mark.parametrize(
