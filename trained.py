@@ -202,7 +202,7 @@ def watch(folder, phi=None, trusted_env=None):
     return f"{length} steps, return {total:.4g} after {policy.inner_steps} inner step(s); wrote {path}"
 
 
-def what_phi_changes(env, steps=10):
+def what_phi_changes(env, steps=5):
     """What tells tasks apart at first, as text: the observations that differ most, and the rewards, after some steps at
     both ends of Φ from the same start with the same random actions."""
     ends = [env.values[0], env.values[-1]] if env.values else [env.low, env.high]
@@ -213,11 +213,14 @@ def what_phi_changes(env, steps=10):
     episode = envs.rollout(env, act, np.array([ends], np.float32), noise)
     steps = int(episode["mask"].sum(-1).min()) - 1  # both episodes still run
     seen = episode["obs"][0, :, 0, :, : env.obs_dim - len(env.phi_names) * env.phi_observed]  # (2, H, D)
-    start, obs = seen[0, 0], seen[:, steps]
+    start, obs = seen[:, 0], seen[:, steps]
     paid = episode["rewards"][0, :, 0, :steps].sum(-1)
     apart = abs(obs[1] - obs[0])
     most = [i for i in np.argsort(-apart)[:3] if apart[i] > 0]
-    parts = [f"observation {i} went from {start[i]:.4g} to {obs[0, i]:.4g} | {obs[1, i]:.4g}" for i in most]
+    parts = [
+        f"observation {i} went {' | '.join(f'{a[i]:.4g} → {b[i]:.4g}' for a, b in zip(start, obs, strict=True))}"
+        for i in most
+    ]
     phi = " | ".join(" ".join(f"{x:g}" for x in end) for end in ends)
     parts = ", ".join(parts or ["no observation differs"])
     first = f"{', '.join(env.phi_names)} = {phi}: after {steps} equal random actions"
