@@ -140,10 +140,12 @@ class Gymnasium:
                 ) from error
         if len({len(episode[0]) for episode in episodes}) > 1:
             raise ValueError(f"`{argument}`: {self.env_id} has observations of different sizes at {', '.join(shown)}")
-        if len(episodes) > 1 and all(episode == episodes[0] for episode in episodes):
+        attributes = [name for name in values if not name.startswith("make.")]  # the constructor reads its keywords
+        if attributes and len(episodes) > 1 and all(episode == episodes[0] for episode in episodes):
             raise ValueError(
-                f"{self.env_id}: {', '.join(values)} = {', '.join(shown[:-1])} and {shown[-1]} give the same episode, "
-                "so it is no task parameter; name an attribute that the environment reads at every step"
+                f"{self.env_id}: {', '.join(values)} = {', '.join(shown[:-1])} and {shown[-1]} give the same episode "
+                "under random actions, so it is no task parameter; name an attribute that the environment reads at "
+                "every step, or make.NAME, a keyword of its constructor"
             )
 
     def random_episode(self, phi, steps=200):

@@ -142,7 +142,7 @@ def test_dict_observations_are_flattened_as_gymnasium_does():
         (["level"], {"values": [0, 1, 0]}, "`values` 0 1 0: duplicate task"),
         (["level", "pull"], {"values": [0, 1, 0]}, "expected 2 number.s. for each task: level, pull"),
         (["level"], {"values": [2**24 + 1]}, "whole ones up to 16777216"),
-        (["make.depth"], {"values": [0, 1]}, "make.depth = 0 and 1 give the same episode"),
+        (["closed"], {"values": [0, 1]}, "closed = 0 and 1 give the same episode under random actions"),
         (["model.opt.gravity[2]"], {"bounds": [5, 15]}, "is -9.81 in Room-v0, and 5 points upward"),
     ],
 )  # fmt: skip
