@@ -1,6 +1,7 @@
 """Parameters of gymnasium environments: paths, constructors' keywords, whole numbers, lists of tasks, refusals."""
 
 import json
+import re
 import types
 
 import gymnasium
@@ -13,7 +14,7 @@ import run
 import trained
 from envs import make
 from settings import make_env, parse, plan
-from tests.commands import refused, rows, train
+from tests.commands import REPOSITORY, refused, rows, train
 
 
 class Room(gymnasium.Env):
@@ -168,6 +169,20 @@ def test_physics_that_would_lie_and_packages_that_are_not_there_are_refused(name
     with pytest.raises(ValueError, match=says) as error:
         make(name, **options)
     assert "\n" not in str(error.value)
+
+
+def test_the_readmes_wrapper_is_cartpole_with_another_pole():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "gymnasium.register" in block]
+    exec(code, {})
+    env = make("Pole-v0", ["length"], [0.2, 1])
+    noise = {key: x.numpy() for key, x in envs.draw_noise(env, envs.generators([0], 0), 1, 1).items()}
+    got = envs.rollout(env, lambda obs, noise: noise.argmax(-1), np.array([[[0.25]]], np.float32), noise)
+    cart = gymnasium.make("CartPole-v1").unwrapped
+    cart.length, cart.polemass_length = 0.25, 0.025
+    cart.reset(seed=int(noise["reset"].item() * 2**24))
+    seen = [cart.step(int(action))[0] for action in got["actions"][0, 0, 0][got["mask"][0, 0, 0]]]
+    assert len(seen) > 5 and np.array_equal(got["obs"][0, 0, 0, 1 : len(seen)], seen[:-1])
 
 
 # --- lists of tasks ---
