@@ -4,18 +4,17 @@ Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M. Every
 front (`draw_noise`), so a rollout is a pure function of the policy's parameters, φ and noise.
 """
 
-import copy
-import difflib
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from numbers import Real
+from functools import partial
 
 import gymnasium
 import numpy as np
 import torch
+
+from gyms import Gymnasium, check_spaces, first_line, flattened, hint, numbers_of, parameter
 
 # --- randomness: one generator per run, set anew for every purpose ---
 
@@ -56,6 +55,7 @@ class Env:
     draw: Callable | str | None = None  # (axes, obs so far (t, D), φ (P,)): draws the last one with matplotlib; or the
     #     id of the gymnasium environment that renders these states; None: observations against time
 
+    values: tuple[tuple[float, ...], ...] = ()  # the tasks, where they are a list: ρ is uniform over it, Φ holds it
     phi_observed: bool = False  # rollouts add φ, scaled to [−1, 1] over Φ, to the end of every observation
 
     @property
@@ -166,100 +166,6 @@ def draw_crossing(axes, obs, phi):
     axes.set(xlim=(-50, 50), ylim=(-50, 50), xlabel="east (m)", ylabel="north (m)")
 
 
-class Gymnasium:
-    """Dynamics of a gymnasium environment whose attributes `names` are φ times `scale`; an instance for each
-    trajectory.
-
-    The attributes are set on the unwrapped environment before every reset: a constructor may refuse what the physics
-    can do (LunarLander's asserts gravity < 12), and setting an attribute on a wrapper does nothing. Finished episodes
-    are not stepped. Keeps its instances for the next rollout.
-    """
-
-    def __init__(self, env_id, names, scale=1.0, **options):
-        self.env_id, self.names, self.scale, self.options = env_id, names, scale, options
-        self.instances = {}  # by the trajectory's index in (B, K)
-
-    @cached_property
-    def spec(self):
-        """Of instances without the wrapper that asks at every step whether there was a reset: 4% of a step."""
-        spec = copy.deepcopy(gymnasium.make(self.env_id).spec)
-        spec.order_enforce = False
-        return spec
-
-    def reset(self, i, phi, seed):
-        """First observation (D,) of a new episode of trajectory i."""
-        if i not in self.instances:
-            self.instances[i] = gymnasium.make(self.spec, disable_env_checker=True, **self.options)
-        for name, value in zip(self.names, phi, strict=True):
-            setattr(self.instances[i].unwrapped, name, self.scale * value)
-        return self.instances[i].reset(seed=seed)[0].ravel()
-
-    def __call__(self, phi, noise, xp, own=slice(None)):
-        """Env's dynamics; of the B·K trajectories it makes its `own` alone, the others count as ended."""
-        shape = noise.shape[:2]
-        phi = np.broadcast_to(phi.astype(float), (*shape, phi.shape[-1])).reshape(-1, phi.shape[-1]).tolist()
-        seeds = [int(u * 2**24) for u in noise[..., 0].ravel().tolist()]
-        running = list(range(len(seeds))[own])
-        first = {i: self.reset(i, phi[i], seeds[i]) for i in running}
-        obs = np.zeros((len(seeds), len(first[running[0]])), np.float32)
-        rewards, terminated, ended = (
-            np.zeros(len(seeds), np.float32),
-            np.zeros(len(seeds), bool),
-            np.ones(len(seeds), bool),
-        )
-        for i in running:
-            obs[i], ended[i] = first[i], False
-
-        def shaped(x):
-            return x.reshape(*shape, *x.shape[1:]).copy()
-
-        def step(state, action):
-            action = action.reshape(len(seeds), *action.shape[2:])
-            # Python numbers step faster; not a number comes from a run that fails alone, but Box2D would end them all.
-            actions = action.tolist() if action.ndim == 1 else np.nan_to_num(action)
-            rewards[:] = 0
-            for i in tuple(running):
-                observed, rewards[i], final, truncated, _ = self.instances[i].step(actions[i])
-                obs[i] = observed.ravel()
-                if final or truncated:
-                    terminated[i], ended[i] = final, True
-                    running.remove(i)
-            return shaped(obs), shaped(rewards), shaped(terminated), shaped(ended)
-
-        return shaped(obs), step
-
-    def check(self, low, high):
-        """Raises ValueError where an end of Φ makes the environment fail, or one seed and one sequence of actions give
-        the same episode at both ends."""
-        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-        for i, name in enumerate(self.names):
-            episodes = []
-            for value in (low[i], high[i]):
-                try:
-                    episodes.append(self.random_episode([*middle[:i], value, *middle[i + 1 :]]))
-                except Exception as error:  # whatever it may raise at values that it was not written for
-                    raise ValueError(
-                        f"`bounds`: {self.env_id} fails at {name} = {value:g} ({first_line(error)}); give another range"
-                    ) from error
-            if episodes[0] == episodes[1] and low[i] < high[i]:
-                raise ValueError(
-                    f"{self.env_id}: {name} = {low[i]:g} and {high[i]:g} give the same episode, so it is no task "
-                    "parameter; name an attribute that the environment reads at every step"
-                )
-
-    def random_episode(self, phi, steps=200):
-        """What is seen and paid under random actions, always the same ones."""
-        episode = [self.reset(0, phi, seed=0).tolist()]
-        env = self.instances[0]
-        env.action_space.seed(0)
-        over = False
-        while not over and len(episode) <= steps:
-            obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            episode.append([*obs.ravel().tolist(), reward])
-            over = terminated or truncated
-        return episode
-
-
 ENVS = {
     "cartpole": Env(
         phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200, obs_dim=4, actions=2, reset_noise=4,
@@ -267,7 +173,8 @@ ENVS = {
     ),
     "lunarlander": Env(  # its attribute is the vertical component, −φ
         phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400, obs_dim=8, actions=4, reset_noise=1,
-        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0), defaults={"threshold": 75.0},
+        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0, defaults={"gravity": 10.0}),
+        defaults={"threshold": 75.0},
     ),
     "crossing": Env(
         phi_names=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,
@@ -281,10 +188,11 @@ ENVS = {
         "delta": 0.0015, "baseline": "step", "threshold": -5.0, "epochs": 200, }, ), }  # fmt: skip
 
 
-def make(name, names=None, bounds=None, horizon=None):
+def make(name, names=None, bounds=None, horizon=None, values=None):
     """The task family `name`, one of ENVS or a gymnasium id, with φ, Φ and the horizon given.
 
-    names: attributes of the gymnasium environment that are φ; bounds: [low, high] for each, one after the other.
+    names: parameters of the gymnasium environment that are φ, see `Gymnasium`; bounds: [low, high] for each, one after
+    the other; values: a list of tasks instead, P numbers each, one after the other.
     Raises ValueError, one line that names the argument in backquotes and the remedy.
     """
     if name in ENVS:
@@ -296,10 +204,16 @@ def make(name, names=None, bounds=None, horizon=None):
     if bounds is not None:
         check_bounds("bounds", bounds, env.phi_names)
         env = replace(env, low=tuple(bounds[::2]), high=tuple(bounds[1::2]))
+    elif values is not None:
+        tasks = list_of_tasks("values", values, env.phi_names)
+        low, high = (tuple(map(end, zip(*tasks, strict=True))) for end in (min, max))
+        env = replace(env, low=low, high=high, values=tasks)
     elif not env.low:
         raise ValueError(f"`name` {name}: give the range of {', '.join(env.phi_names)}, e.g. `bounds` 5 15")
-    if isinstance(env.dynamics, Gymnasium):
-        env.dynamics.check(env.low, env.high)
+    if isinstance(env.dynamics, Gymnasium) and env.values:
+        env.dynamics.check("values", env.values)
+    elif isinstance(env.dynamics, Gymnasium):
+        env.dynamics.check_range(env.low, env.high)
     return env if horizon is None else replace(env, horizon=horizon)
 
 
@@ -338,53 +252,43 @@ def check_bounds(argument, bounds, phi_names):
         raise ValueError(f"{shown}: expected finite numbers, LOW first and not above HIGH")
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def hint(word, known, choices):
-    """What to say about an unknown word: the nearest known one, or else the choices."""
-    close = difflib.get_close_matches(word, known, 1, 0.7) or difflib.get_close_matches(word.lower(), known, 1, 0.7)
-    return f"did you mean {close[0]}?" if close else f"choose from {choices}"
+def list_of_tasks(argument, numbers, phi_names):
+    """Tasks φ from their numbers, one after the other. Raises ValueError where they are not P each, or twice there."""
+    size, shown = len(phi_names), f"`{argument}` {' '.join(f'{x:g}' for x in numbers)}"
+    if not numbers or len(numbers) % size:
+        raise ValueError(f"{shown}: expected {size} number(s) for each task: {', '.join(phi_names)}")
+    if not all(math.isfinite(x) and (abs(x) <= 2**24 or not float(x).is_integer()) for x in numbers):
+        raise ValueError(f"{shown}: expected finite numbers, whole ones up to {2**24}")  # which float32 still holds
+    tasks = tuple(tuple(map(float, numbers[i : i + size])) for i in range(0, len(numbers), size))
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"{shown}: duplicate task")
+    return tasks
 
 
 def gymnasium_env(env_id, names, horizon):
-    """A task family from any gymnasium id with box observations and discrete or bounded box actions; Φ is to be set."""
-    if env_id not in gymnasium.registry and ":" not in env_id:  # module:id imports the module first
-        remedy = hint(env_id, [*ENVS, *gymnasium.registry], f"{', '.join(ENVS)}, or a gymnasium id")
-        raise ValueError(f"`name` {env_id}: unknown environment; {remedy}")
+    """A task family from any gymnasium id with observations that are or flatten to a box, and discrete or bounded box
+    actions; Φ is to be set."""
+    if env_id not in gymnasium.registry and ":" not in env_id:  # package:id imports the package first
+        choices = f"{', '.join(ENVS)}, a gymnasium id, or package:id where importing a package registers it"
+        raise ValueError(f"`name` {env_id}: unknown environment; {hint(env_id, [*ENVS, *gymnasium.registry], choices)}")
     try:
-        probe = gymnasium.make(env_id)
-    except Exception as error:  # whatever a constructor may raise: it is shown
+        probe = flattened(gymnasium.make(env_id, disable_env_checker=True))
+    except Exception as error:  # whatever an import or a constructor may raise: it is shown
         raise ValueError(f"`name` {env_id}: gymnasium cannot make it: {first_line(error)}") from error
-    numbers = [key for key, x in vars(probe.unwrapped).items() if isinstance(x, (int, float)) and key[0] != "_"]
     if not names:
-        raise ValueError(f"`name` {env_id}: say which attribute is φ with `names`, one of: {', '.join(numbers)}")
-    for name in names:
-        if not isinstance(getattr(probe.unwrapped, name, None), Real):
-            raise ValueError(f"`names` {name}: {env_id} has no such number; its numbers are: {', '.join(numbers)}")
+        known = ", ".join(numbers_of(probe))
+        raise ValueError(f"`name` {env_id}: say which parameter is φ with `names`, one of: {known}")
     if len(set(names)) < len(names):
         raise ValueError(f"`names` {' '.join(names)}: duplicate attribute")
+    defaults = {name: parameter(env_id, probe, name) for name in names}
     horizon = horizon or probe.spec.max_episode_steps
     if horizon is None:
         raise ValueError(f"`name` {env_id}: its episodes have no end; give `horizon`, e.g. `horizon` 200")
     obs_dim, actions = check_spaces(env_id, probe.observation_space, probe.action_space)
     return Env(
         phi_names=tuple(names), low=(), high=(), horizon=horizon, obs_dim=obs_dim, actions=actions, reset_noise=1,
-        dynamics=Gymnasium(env_id, tuple(names)),
+        dynamics=Gymnasium(env_id, tuple(names), defaults=defaults),
     )  # fmt: skip
-
-
-def check_spaces(env_id, observation, action):
-    """(D, actions as in Env) of gymnasium's spaces. Raises ValueError where they are of other kinds."""
-    spaces = gymnasium.spaces
-    if not isinstance(observation, spaces.Box):
-        raise ValueError(f"`name` {env_id}: observations are {observation}; expected a Box")
-    if isinstance(action, spaces.Discrete) and action.start == 0:
-        return int(np.prod(observation.shape)), int(action.n)
-    if isinstance(action, spaces.Box) and action.is_bounded() and action.low.ndim == 1:
-        return int(np.prod(observation.shape)), (tuple(action.low.tolist()), tuple(action.high.tolist()))
-    raise ValueError(f"`name` {env_id}: actions are {action}; expected Discrete from 0, or a bounded Box vector")
 
 
 # --- tasks ---
@@ -400,6 +304,9 @@ TASK_DISTS = {
 
 def sample_tasks(env, generators, num_tasks):
     """M tasks for each run, φ ~ ρ: (S, M, P)."""
+    if env.values:
+        chosen = [torch.randint(len(env.values), (num_tasks,), generator=g) for g in generators]
+        return torch.tensor(env.values)[torch.stack(chosen)]
     low, high = torch.tensor(env.low), torch.tensor(env.high)
     draws = torch.stack([torch.rand(num_tasks, len(env.low), generator=g) for g in generators])
     return low + (high - low) * TASK_DISTS[env.task_dist][0](draws)
@@ -427,8 +334,15 @@ def medium_task(env, medium, phi, generators):
 
 def mean_task(env):
     """The mean of ρ (Eq. 3): a list of P numbers."""
+    if env.values:
+        return [sum(component) / len(env.values) for component in zip(*env.values, strict=True)]
     mean = TASK_DISTS[env.task_dist][1]
     return [low + (high - low) * mean for low, high in zip(env.low, env.high, strict=True)]
+
+
+def mixes(env):
+    """Whether what lies between tasks is a task too: not where they are a list and a component is a whole number."""
+    return not (env.values and isinstance(env.dynamics, Gymnasium) and env.dynamics.whole)
 
 
 def geometric_median(points, iterations=100):
@@ -440,12 +354,15 @@ def geometric_median(points, iterations=100):
     return median
 
 
-def held_out_tasks(env, bounds=None):
-    """A fixed grid inside Φ, or inside `bounds` [low, high] for each component of φ: (G, P).
+def held_out_tasks(env, bounds=None, values=None):
+    """A fixed grid inside Φ, or inside `bounds` [low, high] for each component of φ: (G, P). Where tasks are a list, or
+    `values` lists them as in `make`, that list.
 
     The midpoints of 10 equal cells of one parameter, of 6 × 6 of two, of 4 each of more. An even number of cells keeps
     the mean task, on which directed learners train, off the grid; where ρ is skewed and it is on it, two cells more.
     """
+    if values is not None or (env.values and bounds is None):
+        return torch.tensor(list_of_tasks("eval_values", values, env.phi_names) if values is not None else env.values)
     low, high = (env.low, env.high) if bounds is None else (bounds[::2], bounds[1::2])
     count = {1: 10, 2: 6}.get(len(low), 4)
     axes = [midpoints(*ends, count) for ends in zip(low, high, strict=True)]

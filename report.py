@@ -172,6 +172,9 @@ def parse_config(text):
     bounds = config["range"]
     if len(bounds) != 2 * len(config["phi_names"]) or not all(isinstance(x, number[:2]) for x in bounds):
         raise ValueError(f"range is {bounds!r}")
+    values = config.get("values") or []
+    if not isinstance(values, list) or not all(isinstance(x, number[:2]) for x in values):
+        raise ValueError(f"values is {values!r}")
     if config["algo"].removeprefix("directed-") not in COLOURS:
         raise ValueError(f"algo is {config['algo']!r}")
     return config
@@ -255,9 +258,11 @@ def held_out_return(run, step, inside):
     for row in run["eval"]:
         if row["epoch"] != run["eval"][-1]["epoch"] or int(row["step"]) != step:
             continue
-        phi = map(float, row["phi"].split())
-        bounds = zip(phi, run["config"]["range"][::2], run["config"]["range"][1::2], strict=True)
+        phi, values = row["phi"].split(), run["config"].get("values")
+        bounds = zip(map(float, phi), run["config"]["range"][::2], run["config"]["range"][1::2], strict=True)
         within = all(abs(x - (a + b) / 2) <= 0.50001 * (b - a) for x, a, b in bounds)  # φ is written to six digits
+        if values:
+            within = phi in [[f"{x:g}" for x in values[i : i + len(phi)]] for i in range(0, len(values), len(phi))]
         if within == inside:
             returns.append(float(row["return"]))
     return np.mean(returns) if returns else math.nan

@@ -304,7 +304,7 @@ def step_norms(batch):
 def evaluate(batch):
     """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps, as rows of every run's eval.csv."""
     num_steps, ranks = batch.settings["eval_steps"], batch.ranks
-    grid = envs.held_out_tasks(batch.env, batch.settings["eval_range"])
+    grid = envs.held_out_tasks(batch.env, batch.settings["eval_range"], batch.settings["eval_values"])
     rng = envs.generators(batch.seeds, EVALUATION, batch.epoch)
     task_loss = TaskLoss(batch, grid.expand(len(batch.runs), *grid.shape), rng, ranks.tasks)
     returns = torch.zeros(len(batch.runs), len(grid), num_steps + 1, dtype=torch.float64)

@@ -107,8 +107,11 @@ count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 
 SETTINGS = {
     "task": [
         Setting("env", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param, --range", "cartpole"),
-        Setting("param", "attributes of a gymnasium environment that are φ", "g", nargs="+"),
+        Setting("param", "numbers of a gymnasium environment that are φ: attributes, paths such as "
+                "model.opt.gravity[2], or make.NAME, a keyword of its constructor", "g", nargs="+"),
         Setting("range", "Φ: LOW HIGH for each component of φ", "5 15", number(float), None, "by env", "+"),
+        Setting("values", "instead of --range: tasks φ one after the other, ρ is uniform over them", "0 1 2 5",
+                number(float), nargs="+"),
         Setting("task_dist", "ρ over Φ: uniform; bimodal: its lowest and highest fifth; skewed: most near LOW",
                 "bimodal", default="uniform", choices=tuple(envs.TASK_DISTS)),
         Setting("horizon", "H, time steps of an episode at most", "100", count, shown="gymnasium's"),
@@ -184,6 +187,8 @@ SETTINGS = {
                 "α, or the family's default α without one", needs=FIXED_ALPHA),
         Setting("eval_range", "the held-out tasks' range, LOW HIGH for each component of φ", "0 20", number(float),
                 None, "Φ", "+"),
+        Setting("eval_values", "the held-out tasks, one after the other", "3 4", number(float), None,
+                "those of --values", "+"),
         Setting("watch", "show one episode of that run's policy, adapted to a task: a GIF in its folder, and a window "
                 "where there is a display", "runs/cartpole-pg/maml/seed1 --phi 12", Path, identity=False),
         Setting("phi", "the task to watch", "12", number(float), None, "the mean task", "+", needs=WATCH,
@@ -272,7 +277,8 @@ def parse(argv, follow_like=True):
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
         parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
     if args.like is not None and follow_like:
-        return parse([*words_of(args.like), *argv], follow_like=False)
+        replaced = {other for name, other in INSTEAD.items() if getattr(args, name) is not None}
+        return parse([*words_of(args.like, replaced), *argv], follow_like=False)
     args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
     check_pairs(args, parser.error)
     for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
@@ -282,12 +288,17 @@ def parse(argv, follow_like=True):
     return args
 
 
-def words_of(folder):
-    """The settings of the run in a folder, from its config.json, as the words of a command line."""
+INSTEAD = {"values": "range", "range": "values", "eval_values": "eval_range", "eval_range": "eval_values"}
+
+
+def words_of(folder, replaced):
+    """The settings of the run in a folder, from its config.json and without those `replaced`, as the words of a command
+    line."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in ALL_SETTINGS if name != "device" and config.get(name) is not None]
+        replaced = {"device", *replaced} | ({"range"} if config.get("values") else set())  # which then says their ends
+        names = [name for name in ALL_SETTINGS if name not in replaced and config.get(name) is not None]
         given = {ALL_SETTINGS[name]: config[name] for name in names if config[name] is not False}
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
@@ -310,8 +321,12 @@ def check_pairs(args, error):
     """Reject flags that conflict or have no effect: an ablation would compare identical runs."""
     if args.watch is None and (args.env is None or args.algo is None):
         error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
-    if args.resume and args.overwrite:
-        error("--overwrite: not allowed with argument --resume")
+    excluded = [("overwrite", "resume"), ("range", "values"), ("eval_range", "eval_values")]
+    for name, other in excluded:
+        if getattr(args, name) and getattr(args, other):
+            error(f"{ALL_SETTINGS[name].flag}: not allowed with argument {ALL_SETTINGS[other].flag}")
+    if args.values and args.task_dist not in (None, "uniform"):
+        error(f"--task-dist {args.task_dist}: not allowed with argument --values, of which all are equally likely")
     for setting in ALL_SETTINGS.values():
         values = getattr(args, setting.name)
         if (
@@ -328,17 +343,25 @@ def check_pairs(args, error):
 
 # --- plan: from the command line to runs ---
 
-ARGUMENTS = {"name": "--env", "names": "--param", "bounds": "--range", "horizon": "--horizon"}  # envs.make's, as flags
+ARGUMENTS = {"name": "--env", "names": "--param", "bounds": "--range"}  # envs.py's that are no flags
+
+
+def flag_of(match):
+    """An argument of envs.py that an error names, as a flag."""
+    return ARGUMENTS.get(match[1]) or ALL_SETTINGS[match[1]].flag
 
 
 def make_env(args):
     """The task family with --param, --range, --horizon and --task-dist applied; fills in what depends on it alone."""
     try:
-        env = envs.make(args.env, args.param, args.range, args.horizon)
+        env = envs.make(args.env, args.param, args.range, args.horizon, args.values)
         if args.eval_range is not None:
-            envs.check_bounds("--eval-range", args.eval_range, env.phi_names)
+            envs.check_bounds("eval_range", args.eval_range, env.phi_names)
+        grid = envs.held_out_tasks(env, args.eval_range, args.eval_values)
+        if env.in_workers and (args.eval_range or args.eval_values):
+            env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
     except ValueError as error:
-        raise RunError(re.sub(r"`(\S+)`", lambda match: ARGUMENTS.get(match[1], match[1]), str(error)), 2) from error
+        raise RunError(re.sub(r"`(\w+)`", flag_of, str(error)), 2) from error
     for name in ("epochs", "threshold"):
         if getattr(args, name) is None:
             setattr(args, name, default_of(ALL_SETTINGS[name], env))
@@ -412,6 +435,10 @@ def folder_of_all(args):
 def medium_of(args, env):
     """--medium as one of the words, or a φ as a list of numbers."""
     words = args.medium or default_of(ALL_SETTINGS["medium"])
+    mean_in_list = words[0] == "mean" and tuple(envs.mean_task(env)) in env.values
+    if words[0] in ("mean", "sampled", "median") and not (envs.mixes(env) or mean_in_list):
+        remedy = "give --medium one of them, random or pooled"
+        raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
     if len(words) == 1 and words[0] in envs.MEDIUM_TASKS:
         return words[0]
     try:

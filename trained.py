@@ -47,7 +47,8 @@ def load(folder, trusted_env=None):
         for key, least in (("horizon", 1), ("trajectories", 1), ("inner_steps", 0), ("seed", 0)):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ValueError(f"{key} is {settings[key]!r}")
-        env = envs.make(name, settings["param"], settings["range"], settings["horizon"])
+        values = settings.get("values")
+        env = envs.make(name, settings["param"], None if values else settings["range"], settings["horizon"], values)
         env = envs.with_phi_observed(env) if settings["oracle"] else env
         alpha = state["alpha"] or float(settings["eval_alpha"] or settings["alpha"])
         policy = Policy(env, settings, state["theta"], alpha)
@@ -180,9 +181,11 @@ def watch(folder, phi=None, trusted_env=None):
     where there is a display. Returns what to tell the user. Raises RunError."""
     policy = load(folder, trusted_env)
     env = policy.env
-    phi = envs.mean_task(env) if phi is None else phi
+    mean = envs.mean_task(env)
+    phi = (mean if envs.mixes(env) or tuple(mean) in env.values else env.values[0]) if phi is None else phi
     try:
         phi = policy.check_phi(phi)
+        print(what_phi_changes(env))
         adapted = policy.adapt(phi[0, 0].tolist())
         noise_rng = envs.generators([policy.settings["seed"]], WATCH, 1)
         noise = as_numpy(envs.draw_noise(env, noise_rng, 1, 1))
@@ -203,6 +206,31 @@ def watch(folder, phi=None, trusted_env=None):
     return f"{length} steps, return {total:.4g} after {policy.inner_steps} inner step(s); wrote {path}"
 
 
+def what_phi_changes(env, steps=5):
+    """What tells tasks apart at first, as text: the observations that differ most, and the rewards, after some steps at
+    both ends of Φ from the same start with the same random actions."""
+    ends = [env.values[0], env.values[-1]] if env.values else [env.low, env.high]
+    env = replace(env, horizon=min(env.horizon, steps + 1))
+    noise = as_numpy(envs.draw_noise(env, envs.generators([0], WATCH, 2), 1, 1))
+    noise = {key: x.repeat(2, 1) for key, x in noise.items()}
+    act = (lambda obs, noise: noise.argmax(-1)) if isinstance(env.actions, int) else (lambda obs, noise: noise)
+    episode = envs.rollout(env, act, np.array([ends], np.float32), noise)
+    steps = int(episode["mask"].sum(-1).min()) - 1  # both episodes still run
+    seen = episode["obs"][0, :, 0, :, : env.obs_dim - len(env.phi_names) * env.phi_observed]  # (2, H, D)
+    start, obs = seen[:, 0], seen[:, steps]
+    paid = episode["rewards"][0, :, 0, :steps].sum(-1)
+    apart = abs(obs[1] - obs[0])
+    most = [i for i in np.argsort(-apart)[:3] if apart[i] > 0]
+    parts = [
+        f"observation {i} went {' | '.join(f'{a[i]:.4g} → {b[i]:.4g}' for a, b in zip(start, obs, strict=True))}"
+        for i in most
+    ]
+    phi = " | ".join(" ".join(f"{x:g}" for x in end) for end in ends)
+    parts = ", ".join(parts or ["no observation differs"])
+    first = f"{', '.join(env.phi_names)} = {phi}: after {steps} equal random actions"
+    return f"{first} {parts}; the rewards sum to {paid[0]:.4g} | {paid[1]:.4g}"
+
+
 def frames(env, phi, noise, episode):
     """The episode (S = M = K = 1) as pictures (height, width, 3): as gymnasium renders it, or as the family's
     `draw`."""
@@ -214,10 +242,16 @@ def frames(env, phi, noise, episode):
     windows = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     if not windows:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
-        pictures = (
-            render_states(env, episode, mode) if isinstance(env.draw, str) else replay(env, phi, noise, episode, mode)
-        )
+    draw = render_states if isinstance(env.draw, str) else partial(replay, phi=phi, noise=noise)
+    name = env.draw or env.dynamics.env_id
+    try:
+        for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
+            pictures = draw(env, episode=episode, mode=mode)
+        if not all(isinstance(picture, np.ndarray) for picture in pictures):
+            raise TypeError("render returns no picture")
+    except Exception as error:  # whatever an environment or its graphics library may raise
+        remedy = "it needs the render_mode rgb_array; MuJoCo without a display needs MUJOCO_GL=egl, or osmesa"
+        raise RunError(f"--watch: {name} cannot be rendered here ({envs.first_line(error)}); {remedy}") from error
     return pictures
 
 
@@ -232,9 +266,9 @@ def render_states(env, episode, mode):
     return pictures
 
 
-def replay(env, phi, noise, episode, mode):
+def replay(env, episode, mode, phi, noise):
     """By the gymnasium environment itself, in a rollout with the episode's actions."""
-    shown = envs.Gymnasium(env.dynamics.env_id, env.dynamics.names, env.dynamics.scale, render_mode=mode)
+    shown = env.dynamics.rendered(mode)
     pictures, actions = [], iter(episode["actions"][episode["mask"]])
 
     def act(obs, noise):

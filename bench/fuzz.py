@@ -81,6 +81,8 @@ def right_values(setting, rng, env):
         return rng.sample(setting.choices, rng.randint(1, 2) if setting.nargs else 1)
     if setting.name in ("range", "eval_range"):
         return [str(x) for low, high in zip(env.low, env.high, strict=True) for x in (low, rng.choice([low, high]))]
+    if setting.name in ("values", "eval_values"):
+        return [str(x) for task in (env.low, env.high) for x in task]
     if setting.name in ("medium", "phi"):
         words = [*envs.MEDIUM_TASKS, None] if setting.name == "medium" else [None]
         word = rng.choice(words)
@@ -104,6 +106,9 @@ def right_line(rng):
         elif setting.name in SMALL:
             line[setting.name] = [SMALL[setting.name]]
         args.rl = line.get("rl", ["pg"])[0]
+    for name, excluded in (("values", ("range", "task_dist")), ("eval_values", ("eval_range",))):
+        for other in excluded if name in line else ():
+            line.pop(other, None)
     if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
         line["inner_steps"] = ["1"]
     inner = ("meta-sgd", "maml++", "reptile", "imaml")

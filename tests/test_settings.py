@@ -25,7 +25,7 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
         for setting, entry in zip(settings, entries, strict=True):
             assert setting.help in entry
             assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
-            always_given = setting.name in ("env", "algo", "param", "watch", "like") or setting.type is bool
+            always_given = setting.name in ("env", "algo", "param", "values", "watch", "like") or setting.type is bool
             assert ("(default " in entry) != always_given, entry
 
 

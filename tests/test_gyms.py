@@ -1,0 +1,323 @@
+"""Parameters of gymnasium environments: paths, constructors' keywords, whole numbers, lists of tasks, refusals."""
+
+import json
+import re
+import types
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import envs
+import run
+import trained
+from envs import make
+from settings import make_env, parse, plan
+from tests.commands import REPOSITORY, refused, rows, train
+
+
+class Room(gymnasium.Env):
+    """Pays what its parameters say; what it was built and run with is kept."""
+
+    pull = 2.0  # of the class
+    metadata = {"render_modes": []}
+    observation_space = spaces.Dict({"b": spaces.Discrete(3), "a": spaces.Box(-9, 9, (2,), np.float32)})
+    action_space = spaces.Discrete(2)
+    built, closed, seen = [], 0, []
+
+    def __init__(self, size=3, tall=False, depth=None):
+        self.size, self.level, self.switch, self._friction = size, 0, False, 1.0
+        self.config = {"drag": 0.5, "count": 4, "name": "x"}
+        self.model = types.SimpleNamespace(opt=types.SimpleNamespace(gravity=np.array([0.0, 0.0, -9.81])))
+        self.grid = np.array([1, 2])
+        Room.built.append(size)
+
+    @property
+    def friction(self):
+        return self._friction
+
+    @friction.setter
+    def friction(self, value):
+        self._friction = value
+
+    @property
+    def area(self):
+        return self.size**2
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        Room.seen.append(self.level)
+        return {"a": np.array([1.0, 2.0], np.float32), "b": 2}, {}
+
+    def step(self, action):
+        reward = self.pull + self.config["drag"] + self.model.opt.gravity[2] + self._friction + self.size
+        reward += [0.0, 10.0, 20.0, 30.0][self.level] + self.grid[0] + len(range(self.config["count"]))
+        return {"a": np.array([1.0, 3.0], np.float32), "b": 1}, reward, False, False, {}
+
+    def close(self):
+        Room.closed += 1
+
+
+class Bonus(gymnasium.Wrapper):
+    """A wrapper with a parameter of its own, by which it adds to the reward."""
+
+    bonus = 0.0
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        return obs, reward + self.bonus, *rest
+
+
+def room(size=3, tall=False, depth=None):
+    return Bonus(Room(size, tall, depth))
+
+
+gymnasium.register("Room-v0", room, max_episode_steps=3)
+BASE = 2 + 0.5 - 9.81 + 1 + 3 + 0 + 1 + 4
+
+
+def rewards(env, *tasks):
+    """The reward of the first step on each task."""
+    phi = np.array([tasks], np.float32)
+    noise = {key: x.numpy() for key, x in envs.draw_noise(env, envs.generators([0], 0), len(tasks), 1).items()}
+    return envs.rollout(env, lambda obs, noise: noise.argmax(-1), phi, noise)["rewards"][0, :, 0, 0].tolist()
+
+
+# --- paths ---
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("pull", 2), ("config[drag]", 0.5), ("friction", 1), ("bonus", 0), ("make.size", 3), ("unwrapped.pull", 2)],
+)
+def test_a_path_is_set_where_the_environment_reads_it(name, before):
+    env = make("Room-v0", [name], [1.5, 4.5])
+    assert env.phi_names == (name,) and env.horizon == 3
+    assert rewards(env, [1.5], [4.25]) == pytest.approx([BASE - before + 1.5, BASE - before + 4.25], abs=1e-5)
+
+
+def test_a_number_in_an_array_deep_inside():
+    env = make("Room-v0", ["model.opt.gravity[2]", "pull"], [-15, -5, 0, 1])
+    assert rewards(env, [-12.5, 0.25]) == pytest.approx([BASE + 9.81 - 12.5 - 2 + 0.25], abs=1e-5)
+
+
+def test_a_constructors_keyword_makes_the_environment_anew_and_closes_the_old_one():
+    env = make("Room-v0", ["make.size"], values=[3, 5])
+    Room.built, Room.closed = [], 0
+    assert rewards(env, [3], [5]) == pytest.approx([BASE, BASE + 2], abs=1e-5)
+    rewards(env, [5], [3])
+    assert Room.built[-4:] == [3, 5, 5, 3] and all(type(size) is int for size in Room.built)
+    assert Room.closed == 3  # both of the first rollout, and the one with which the task was checked
+
+
+def test_dict_observations_are_flattened_as_gymnasium_does():
+    env = make("Room-v0", ["pull"], [0, 1])
+    noise = {key: x.numpy() for key, x in envs.draw_noise(env, envs.generators([0], 0), 1, 1).items()}
+    obs = envs.rollout(env, lambda obs, noise: noise.argmax(-1), np.array([[[1.0]]], np.float32), noise)["obs"]
+    space = Room.observation_space
+    expected = [spaces.flatten(space, {"a": np.array([1.0, x], np.float32), "b": b}) for x, b in ((2, 2), (3, 1))]
+    assert env.obs_dim == 5 and np.array_equal(obs[0, 0, 0, :2], expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "says"),
+    [
+        (None, {}, r"say which .*one of: .*bonus, area.* config\[drag\], config\[count\], friction.*make.size$"),
+        (["config[drg]"], {}, r"no such number; did you mean config\[drag\]\?"),
+        (["frictoin"], {}, "did you mean friction?"),
+        (["model.opt.gravty[2]"], {}, "no such number"),
+        (["config[name]"], {}, "no such number"),
+        (["nothing.at[all]"], {}, "no such number; choose from .*pull"),
+        ([""], {}, "no such number"),
+        (["make.sise"], {}, "did you mean make.size?"),
+        (["step.__globals__[BASE]"], {}, "no such number"),
+        (["switch"], {}, "switch: a switch of Room-v0, False"),
+        (["make.tall"], {}, "make.tall: a switch of Room-v0, False"),
+        (["area"], {"bounds": [1, 2]}, "area: Room-v0 does not take it"),
+        (["level"], {"bounds": [0, 3]}, "takes whole numbers as level; list them with `values`"),
+        (["config[count]"], {"bounds": [1, 9]}, r"takes whole numbers as config\[count\]"),
+        (["grid[0]"], {"bounds": [1, 9]}, r"whole numbers as grid\[0\].*it is 4"),
+        (["level"], {"values": [0, 7]}, "`values`: Room-v0 fails at level = 7 .IndexError"),
+        (["level"], {"values": [0, 0.5]}, "`values`: Room-v0 fails at level = 0.5"),
+        (["level"], {"values": [0, 1, 0]}, "`values` 0 1 0: duplicate task"),
+        (["level", "pull"], {"values": [0, 1, 0]}, "expected 2 number.s. for each task: level, pull"),
+        (["level"], {"values": [2**24 + 1]}, "whole ones up to 16777216"),
+        (["closed"], {"values": [0, 1]}, "closed = 0 and 1 give the same episode under random actions"),
+        (["model.opt.gravity[2]"], {"bounds": [5, 15]}, "is -9.81 in Room-v0, and 5 points upward"),
+    ],
+)  # fmt: skip
+def test_what_is_no_parameter_is_refused_in_one_line(names, options, says):
+    with pytest.raises(ValueError, match=says) as error:
+        make("Room-v0", names, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("CartPole-v1", {"names": ["length"], "bounds": [0.2, 1]}, "constants that its constructor derived .* wrapper"),
+        ("CartPole-v1", {"names": ["masspole"], "bounds": [0.2, 1]}, "constants that its constructor derived"),
+        ("LunarLander-v3", {"names": ["gravity"], "bounds": [5, 15]}, "gravity is -10 .* and 5 points upward"),
+        ("LunarLander-v3", {"names": ["gravity"], "values": [-5, 5]}, "5 points upward"),
+        ("lunarlander", {"bounds": [-15, -5]}, "gravity is 10 .* -15 points upward"),
+        ("nobody:MyEnv-v0", {}, "No module named 'nobody'"),
+        ("MyEnv-v0", {}, "package:id where importing a package registers it"),
+    ],
+)
+def test_physics_that_would_lie_and_packages_that_are_not_there_are_refused(name, options, says):
+    with pytest.raises(ValueError, match=says) as error:
+        make(name, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_the_readmes_wrapper_is_cartpole_with_another_pole():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "gymnasium.register" in block]
+    exec(code, {})
+    env = make("Pole-v0", ["length"], [0.2, 1])
+    noise = {key: x.numpy() for key, x in envs.draw_noise(env, envs.generators([0], 0), 1, 1).items()}
+    got = envs.rollout(env, lambda obs, noise: noise.argmax(-1), np.array([[[0.25]]], np.float32), noise)
+    cart = gymnasium.make("CartPole-v1").unwrapped
+    cart.length, cart.polemass_length = 0.25, 0.025
+    cart.reset(seed=int(noise["reset"].item() * 2**24))
+    seen = [cart.step(int(action))[0] for action in got["actions"][0, 0, 0][got["mask"][0, 0, 0]]]
+    assert len(seen) > 5 and np.array_equal(got["obs"][0, 0, 0, 1 : len(seen)], seen[:-1])
+
+
+# --- lists of tasks ---
+
+
+def test_whole_numbers_stay_whole_numbers():
+    env = make("Room-v0", ["level"], values=[0, 1, 3])
+    Room.seen = []
+    assert rewards(env, [3], [1]) == pytest.approx([BASE + 30, BASE + 10], abs=1e-5)
+    assert Room.seen == [3, 1] and all(type(x) is int for x in Room.seen)
+
+
+def test_listed_tasks_are_drawn_equally_often_and_their_ends_are_phis():
+    env = make("point", values=[0, 0.5, -0.25, 0.25, 0.5, -0.5])
+    assert (env.low, env.high) == ((-0.25, -0.5), (0.5, 0.5))
+    drawn = envs.sample_tasks(env, envs.generators([1], 0), 9000)
+    found, counts = drawn[0].unique(dim=0, return_counts=True)
+    assert found.tolist() == [[-0.25, 0.25], [0.0, 0.5], [0.5, -0.5]] and (counts - 3000).abs().max() < 200
+    assert envs.mean_task(env) == pytest.approx([0.25 / 3, 0.25 / 3])
+    assert envs.held_out_tasks(env).tolist() == [[0, 0.5], [-0.25, 0.25], [0.5, -0.5]]
+    assert envs.held_out_tasks(env, values=[0.1, 0.2]).tolist() == [pytest.approx([0.1, 0.2])]
+    assert envs.scaled_phi(env, np.array([0.5, 0.0])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "medium"),
+    [
+        ("--param level --values 0 1 2", "mean"),  # their mean, 1, is one of them
+        ("--param pull --values 0 1 4", "mean"),  # 1.67 is a number as good as others
+        ("--param level --values 0 1 3", None),  # 1.33 is no level
+        ("--param make.size --values 3 4 7", None),
+        ("--param make.depth level --values 0 1 1 2", None),
+        ("--param level --values 0 1 3 --medium 1", [1.0]),
+        ("--param level --values 0 1 3 --medium random", "random"),
+        ("--param level --values 0 1 3 --medium pooled --tasks 5", "pooled"),
+        ("--param level --values 0 1 2 --medium sampled", None),
+        ("--param level --values 0 1 2 --medium median", None),
+        ("--param pull --values 0 1 4 --medium sampled", "sampled"),
+    ],
+)
+def test_the_medium_task_is_the_mean_of_listed_tasks_where_that_is_a_task(words, medium):
+    args = parse(["--env", "Room-v0", "--algo", "directed-maml", *words.split()])
+    env = make_env(args)
+    if medium is None:
+        with pytest.raises(run.RunError, match="--medium .* is no task; give --medium one of them, random or pooled"):
+            plan(args, "directed-maml", env)
+        return
+    [(_, settings)] = plan(args, "directed-maml", env)
+    assert settings["medium"] == medium
+    phi = envs.medium_task(env, medium, envs.sample_tasks(env, envs.generators([0], 0), 5), envs.generators([0], 1))
+    if medium == "mean":
+        assert phi.item() == pytest.approx(sum(args.values) / 3)
+    if medium in ("random", "pooled"):
+        assert set(phi.flatten().tolist()) <= set(args.values)
+
+
+def test_a_run_on_listed_tasks_trains_is_reported_watched_and_repeated(tmp_path, capsys):
+    words = ["--param", "level", "--values", 0, 1, 3, "--eval-values", 2, 3, "--medium", "random", "--oracle"]
+    train(tmp_path, *words, env="Room-v0", algo="directed-fomaml", epochs=2)
+    folder = tmp_path / "Room-v0-pg/directed-fomaml/delta0.005"
+    config = json.loads((folder / "seed1/config.json").read_text())
+    assert (config["values"], config["eval_values"], config["range"]) == ([0, 1, 3], [2, 3], [0, 3])
+    held_out = [row for row in rows(folder / "seed1/eval.csv") if row["step"] == "0" and row["epoch"] == "2"]
+    expected = {"2": 3 * (BASE + 20), "3": 3 * (BASE + 30)}
+    assert {row["phi"]: float(row["return"]) for row in held_out} == pytest.approx(expected, abs=1e-3)
+    (summary,) = rows(tmp_path / "Room-v0-pg/summary.csv")
+    assert float(summary["held_out_inside_0"]) == pytest.approx(expected["3"], abs=1e-3)  # 2 lies between, and is new
+    assert float(summary["held_out_outside_0"]) == pytest.approx(expected["2"], abs=1e-3)
+    for seed, more, values in ((2, [], [0, 1, 3]), (3, ["--values", 1, 2], [1, 2]), (4, ["--range", 0, 0], None)):
+        like = ["--like", folder / "seed1", "--seed", seed, "--medium", "random", *more, "--out", tmp_path, "--quiet"]
+        run.main([*map(str, like)])
+        again = json.loads((folder / f"seed{seed}/config.json").read_text())
+        assert again["values"] == values and again["eval_values"] == [2, 3]
+    policy = trained.load(folder / "seed1")
+    assert policy.env.values == ((0,), (1,), (3,)) and policy.adapt(phi=[3]).act(np.zeros(6)) in (0, 1)
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--watch", str(folder / "seed1")])
+    said = capsys.readouterr()
+    assert said.out.startswith("level = 0 | 3: after 2 equal random actions no observation differs; the rewards")
+    assert stop.value.code == 1 and said.err.count("\n") == 1
+    assert "--watch: Room-v0 cannot be rendered here (TypeError: " in said.err and "MUJOCO_GL" in said.err
+
+
+def test_what_phi_changes_is_what_a_plain_loop_over_gymnasium_sees():
+    """And so that a lander which falls upward is noticed: its vertical position and speed are observations 1 and 3."""
+    env = make("lunarlander")
+    noise = envs.draw_noise(env, envs.generators([0], trained.WATCH, 2), 1, 1)
+    seed, seen = int(noise["reset"].item() * 2**24), []
+    noise = envs.draw_noise(envs.replace(env, horizon=6), envs.generators([0], trained.WATCH, 2), 1, 1)
+    for gravity in (-5.0, -15.0):
+        lander = gymnasium.make("LunarLander-v3").unwrapped
+        lander.gravity = gravity
+        start = lander.reset(seed=seed)[0][3]
+        steps = [lander.step(int(action)) for action in noise["action"][0, 0, 0].argmax(-1)[:5]]
+        seen.append((start, steps[-1][0][3], sum(step[1] for step in steps)))
+    (start_low, low, paid_low), (start_high, high, paid_high) = seen
+    assert start_low > low > high and start_high > high
+    said = trained.what_phi_changes(env)
+    assert said.startswith("gravity (m/s²) = 5 | 15: after 5 equal random actions observation ")
+    assert f"observation 3 went {start_low:.4g} → {low:.4g} | {start_high:.4g} → {high:.4g}" in said
+    assert said.endswith(f"the rewards sum to {paid_low:.4g} | {paid_high:.4g}")
+
+
+def test_an_environment_that_renders_nothing_is_one_line(tmp_path, capsys):
+    class Blind(Room):
+        def __init__(self, render_mode=None):
+            super().__init__()
+
+        def render(self):
+            return None
+
+    gymnasium.register("Blind-v0", Blind, max_episode_steps=3)
+    train(tmp_path, "--param", "pull", "--range", 0, 1, env="Blind-v0", epochs=1)
+    with pytest.raises(SystemExit):
+        run.main(["--watch", str(tmp_path / "Blind-v0-pg/fomaml/seed1")])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be rendered here (TypeError: render returns no picture)" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--values 5 10 --range 5 15", "--range: not allowed with argument --values"),
+        ("--eval-values 5 --eval-range 5 15", "--eval-range: not allowed with argument --eval-values"),
+        ("--values 5 10 --task-dist skewed", "--task-dist skewed: not allowed with argument --values"),
+        ("--values 5 5", "--values 5 5: duplicate task"),
+        ("--eval-values 5 5", "--eval-values 5 5: duplicate task"),
+    ],
+)
+def test_flags_of_listed_tasks_that_conflict_are_refused(tmp_path, capsys, words, says):
+    assert says in refused(capsys, tmp_path, *words.split())
+
+
+def test_held_out_tasks_at_which_the_environment_fails_are_refused_before_training(tmp_path, capsys):
+    words = ["--param", "level", "--values", 0, 1, "--eval-values", 2, 9]
+    assert "--eval-values: Room-v0 fails at level = 9 (IndexError" in refused(capsys, tmp_path, *words, env="Room-v0")
+    words = ["--param", "model.opt.gravity[2]", "--range", -15, -5, "--eval-range", -10, 10]
+    assert "--eval-range: model.opt.gravity[2] is -9.81" in refused(capsys, tmp_path, *words, env="Room-v0")
