@@ -255,16 +255,10 @@ def log_epoch(batch, losses, seconds):
     steps_of = (0, batch.settings["inner_steps"])  # at θ, and after its inner steps; Sharp-MAML goes on elsewhere
     pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in steps_of)  # (S,) each
     steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
-    kl = None
-    if task_loss.replayed:
-        with torch.no_grad():
-            kl = task_loss.kl(batch.theta).double().sum(1).cpu() / batch.settings["tasks"]
-    batch.ranks.sum(
-        [pre, post, steps, broken, *([] if kl is None else [kl])]
-    )  # a rank knows its own tasks' alone, but the whole medium task
+    batch.ranks.sum([pre, post, steps, broken])  # a rank knows its own tasks' alone, but the whole medium task
     steps = steps + sum(loss.env_steps for loss in losses[:-1])
     med = losses[0].returns[0].mean(1).tolist() if len(losses) > 1 else [None] * len(batch.runs)
-    norms = step_norms(batch)
+    norms, kl = step_norms(batch), mean_kl(batch, task_loss)
     share = 1 / len(batch.runs)  # runs of a batch share its time evenly
     for i, run in enumerate(batch.runs):
         totals, threshold = run.state["totals"], run.settings["threshold"]
@@ -275,16 +269,7 @@ def log_epoch(batch, losses, seconds):
         totals["converged"] |= threshold is not None and totals["smoothed"] > threshold
         times = [totals[key] for key in ("env_steps", "seconds", "sample_seconds")]
         run.state["epoch"] = batch.epoch
-        row = [
-            batch.epoch,
-            *times,
-            float(pre[i]),
-            float(post[i]),
-            med[i],
-            *norms[i],
-            None if kl is None else float(kl[i]),
-        ]
-        batch.write(run, "log", [row])
+        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i], *norms[i], kl[i]]])
     finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in batch.learned]
     finite += [broken == 0, *(loss.finite.cpu() for loss in losses[:-1])]
     return torch.stack(finite).all(0).tolist()
@@ -299,6 +284,16 @@ def step_norms(batch):
     if batch.settings["medium"] is None:
         return [[None, b, None] for b in beta]
     return [[d, b, p / (d * b) if d * b else None] for d, b, p in zip(delta, beta, product, strict=True)]
+
+
+def mean_kl(batch, task_loss):
+    """KL(π_old ‖ π_θ) of the policy before adaptation after all outer steps, of each run; None where there was one."""
+    if not task_loss.replayed:
+        return [None] * len(batch.runs)
+    with torch.no_grad():
+        kl = task_loss.kl(batch.theta).double().sum(1).cpu() / batch.settings["tasks"]
+    batch.ranks.sum([kl])
+    return kl.tolist()
 
 
 def evaluate(batch):
