@@ -158,7 +158,7 @@ SETTINGS = {
         Setting("lambda_", "λ of iMAML's inner objective L + λ/2 ‖θ' − θ‖²", "100", step_size, None, "1 / α",
                 needs=IMAML),
         Setting("cg_steps", "steps of conjugate gradients for iMAML's meta-gradient; 0: no Hessian", "10",
-                number(int, 0, 10**9), 5, needs=IMAML),
+                number(int, 0, 10**9), 1, needs=IMAML),
         Setting("first_order_epochs", "first epochs of MAML++ with first-order meta-gradients", "0",
                 number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
         Setting("multi_step_epochs", "MAML++ weighs the losses after all inner steps alike at first, the last alone "

@@ -114,6 +114,25 @@ experiment meta-sgd-at-beta --env cartpole --algo meta-sgd --beta-alpha 0.001 --
 experiment cartpole-by-gymnasium --env CartPole-v1 --param gravity --range 5 15 --horizon 200 --threshold 175 \
   --algo fomaml --seed 1 2 3 4 5 --epochs 120
 
+# iMAML, MAML++ and Sharp-MAML, with and without the δ-step, beside joint training and FOMAML; compare them by env steps:
+# an epoch of MAML takes two batches a task, of iMAML and MAML++ three, of Sharp-MAML four
+learners="fomaml maml++ imaml sharp-maml sharp-fomaml"
+for env in cartpole crossing point; do
+  experiment learners/$env/adapting --env $env --algo $learners $(printf "directed-%s " $learners) $ten
+  experiment learners/$env/joint --env $env --algo fomaml directed-fomaml --inner-steps 0 $ten
+done
+
+# ProMP: five β-steps on the same trajectories against single ones, each at three step sizes
+for outer in "1" "5 --clip 0.3 --kl-penalty 0.01"; do
+  for inner in 0 1; do
+    for env in "pendulum 200 Pendulum-v1 --param g --range 5 15" "lunarlander 200 lunarlander --eval-every 100"; do
+      read -r name epochs env <<< "$env"
+      experiment promp/$name/outer${outer%% *}-inner$inner --env $env --algo maml directed-maml --inner-steps $inner \
+        --outer-steps $outer --beta 0.0003 0.001 0.003 --seed 1 2 3 4 5 --epochs $epochs
+    done
+  done
+done
+
 # LunarLander: a run of 500 epochs takes 20 minutes of a core
 lander="--env lunarlander --eval-every 100"
 experiment lunarlander-pg $lander --algo maml directed-maml --estimator dice --seed 1 2 3 4 5
