@@ -34,6 +34,10 @@ class Gymnasium:
         self.parts = {name: path_parts(name) for name in names}
         self.instances = {}  # by the trajectory's index in (B, K)
 
+    def __getstate__(self):
+        """A spawned process makes environments of its own: not all can be pickled, nor can entry points."""
+        return {key: x for key, x in vars(self).items() if key != "spec"} | {"instances": {}}
+
     def rendered(self, mode):
         """The same with instances that render."""
         return Gymnasium(self.env_id, self.names, self.scale, self.defaults, render_mode=mode)

@@ -10,6 +10,7 @@ only if the caller names it.
 import io
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -245,8 +246,9 @@ def frames(env, phi, noise, episode):
     draw = render_states if isinstance(env.draw, str) else partial(replay, phi=phi, noise=noise)
     name = env.draw or env.dynamics.env_id
     try:
-        for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
-            pictures = draw(env, episode=episode, mode=mode)
+        with warnings.catch_warnings(action="ignore"):  # glfw warns of what the error below says
+            for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
+                pictures = draw(env, episode=episode, mode=mode)
         if not all(isinstance(picture, np.ndarray) for picture in pictures):
             raise TypeError("render returns no picture")
     except Exception as error:  # whatever an environment or its graphics library may raise

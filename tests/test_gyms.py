@@ -1,6 +1,7 @@
 """Parameters of gymnasium environments: paths, constructors' keywords, whole numbers, lists of tasks, refusals."""
 
 import json
+import pickle
 import re
 import types
 
@@ -109,6 +110,13 @@ def test_a_constructors_keyword_makes_the_environment_anew_and_closes_the_old_on
     rewards(env, [5], [3])
     assert Room.built[-4:] == [3, 5, 5, 3] and all(type(size) is int for size in Room.built)
     assert Room.closed == 3  # both of the first rollout, and the one with which the task was checked
+
+
+def test_an_environment_that_cannot_be_pickled_is_made_anew_in_a_spawned_process():
+    gymnasium.register("Local-v0", lambda: Bonus(Room()), max_episode_steps=3)
+    env = make("Local-v0", ["pull"], [0, 1])
+    again = pickle.loads(pickle.dumps(env))
+    assert env.dynamics.instances and not again.dynamics.instances and rewards(again, [0.5]) == rewards(env, [0.5])
 
 
 def test_dict_observations_are_flattened_as_gymnasium_does():
