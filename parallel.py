@@ -333,6 +333,8 @@ def keep_memory():
 
 # --- torchrun's ranks ---
 
+LAST_WORDS_SECONDS = 3  # that rank 0, if it keeps the store, stays for the others at most when it fails
+
 
 class Ranks:
     """The processes that share one training: each adapts to every count-th task, and rank 0 alone writes files.
@@ -429,7 +431,7 @@ class Ranks:
     def exit(self, code):
         """End a rank that failed at once, since torch's tear-down may abort over a lost peer; but rank 0, if it keeps
         the store, after the others know."""
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
         with contextlib.suppress(RuntimeError):
             while self.keeps_store and self.store.add("failures", 0) < self.count and time.monotonic() < deadline:
                 time.sleep(0.02)

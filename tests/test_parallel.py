@@ -149,13 +149,13 @@ def test_training_does_not_depend_on_the_workers_and_resumes_exactly(tmp_path):
 
 @pytest.mark.parametrize(
     ("env", "size"),
-    [("cartpole", ["--horizon", 100, "--beta", 0.06, "--eval-every", 99]), ("lunarlander", ["--horizon", 40])],
+    [("cartpole", ["--horizon", 100, "--beta", 0.09, "--eval-every", 99]), ("lunarlander", ["--horizon", 20])],
 )
 def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_in_any_number_of_processes(tmp_path, env, size):
     """While CartPole's episodes grow, so that the runs beside it have episodes of other lengths."""
-    epochs = 14 if env == "cartpole" else 2
+    epochs = 9 if env == "cartpole" else 2
     words = {"env": env, "algo": "directed-maml", "epochs": epochs}
-    sweep = ["--seed", "1-3", "--delta", 0.005, 0.02] if env == "cartpole" else ["--seed", "1-3"]
+    sweep = ["--seed", "1-2", "--delta", 0.005, 0.02] if env == "cartpole" else ["--seed", "1-3"]
     train(tmp_path / "alone", *size, "--seed", 2, "--workers", 0, **words)
     train(tmp_path / "one", *size, *sweep, "--workers", 1, **words)
     train(tmp_path / "two", *size, *sweep, "--workers", 2, **words)
@@ -441,8 +441,9 @@ def test_what_rank_0_refuses_is_said_once_and_all_stop(alone, start_ranks):
 @pytest.mark.parametrize("rank_0_keeps_the_store", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_stops_the_others_in_one_line_with_the_files_intact(
-    tmp_path, start_ranks, rank, rank_0_keeps_the_store
+    tmp_path, start_ranks, rank, rank_0_keeps_the_store, monkeypatch
 ):
+    monkeypatch.setattr(parallel, "LAST_WORDS_SECONDS", 0.2)  # forked with it: nobody is left to hear them
     ranks = start_ranks(2, tmp_path, rank_0_keeps_the_store=rank_0_keeps_the_store)
     ranks[0].wait_for_epoch(tmp_path / "point-pg/directed-maml/delta0.005/seed2/log.csv")
     ranks[rank].send(signal.SIGKILL)
