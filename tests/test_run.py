@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import measures
+import parallel
 import policies
 import run
+import settings
 from checkpoints import TABLES, Run
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
@@ -175,6 +177,27 @@ def test_too_large_for_the_memory(tmp_path, capsys):
         error = refused(capsys, tmp_path, *words)
         assert "run.py: this needs " in error and "GiB of memory at the least, and the machine has" in error
     assert not any(tmp_path.iterdir())
+
+
+def test_algorithms_that_train_at_once_need_their_memory_together(tmp_path, capsys, monkeypatch):
+    """Of two seeds, M = 5 tasks have their parameters, 4 · 1000 + 1000 · 2 of them, twice; three times K = 1 trajectory
+    of one step has the activations of every layer; 4 bytes each."""
+    need = 4 * 2 * 5 * (2 * (4 * 1000 + 1000 * 2) + 3 * (1000 + 2))
+    words = ["--hidden", 1000, "--tasks", 5, "--trajectories", 1, "--horizon", 1, "--seed", 1, 2]
+    for workers, algos, have in ((1, 1, need), (1, 2, need), (2, 1, need), (2, 2, 2 * need)):
+        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have - 1)
+        out = tmp_path / f"{workers}-{algos}"
+        algo = " ".join(["maml", "fomaml"][:algos])
+        assert "this needs" in refused(capsys, out, *words, "--workers", workers, algo=algo)
+        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have)
+        settings.check_memory(args := settings.parse(full(words, workers, algo)), settings.make_env(args), "cpu")
+    settings.check_memory(args, settings.make_env(args), "cpu")
+    monkeypatch.setattr(parallel, "memory", lambda device: need)
+    settings.check_memory(args, settings.make_env(args), "cuda")  # one process, one algorithm at a time
+
+
+def full(words, workers, algo):
+    return [*map(str, words), "--workers", str(workers), "--env", "cartpole", "--algo", *algo.split()]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
