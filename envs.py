@@ -54,8 +54,8 @@ class Env:
     task_dist: str = "uniform"  # ρ over Φ, one of TASK_DISTS
     draw: Callable | str | None = None  # (axes, obs so far (t, D), φ (P,)): draws the last one with matplotlib; or the
     #     id of the gymnasium environment that renders these states; None: observations against time
-
     values: tuple[tuple[float, ...], ...] = ()  # the tasks, where they are a list: ρ is uniform over it, Φ holds it
+    dt: float = 0.1  # s between two states, as they are shown
     phi_observed: bool = False  # rollouts add φ, scaled to [−1, 1] over Φ, to the end of every observation
 
     @property
@@ -117,7 +117,7 @@ def point(phi, noise, xp):
 def draw_point(axes, obs, phi):
     axes.plot(*obs.T, color="#0072B2", marker="o", markersize=3, label="path")
     axes.plot(*phi, "*", color="#D55E00", markersize=14, label="goal")
-    axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), xlabel="x (m)", ylabel="y (m)")
+    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", adjustable="datalim")
 
 
 # A body on a line, at rest at first, changes its velocity v by the action (m/s); φ = target v*; reward −(v − v*)².
@@ -128,7 +128,7 @@ velocity = point
 def draw_velocity(axes, obs, phi):
     axes.plot(obs[:, 0], color="#0072B2", marker="o", markersize=3, label="velocity")
     axes.axhline(phi[0], color="#D55E00", linestyle="--", label="target")
-    axes.set(xlim=(0, 20), ylim=(-0.6, 2.6), xlabel="step", ylabel="velocity (m/s)")
+    axes.set(xlabel="step", ylabel="velocity (m/s)")
 
 
 CROSSING_UNIT = 50.0  # m: the crossing's positions in units near 1, as networks want them

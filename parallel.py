@@ -84,7 +84,7 @@ class CapturedRollout:
             try:
                 self.graphs[shapes] = self.capture(inputs, list(params))
             except RuntimeError as error:
-                print(f"run.py: rollouts run without a CUDA graph ({envs.first_line(error)[:150]})", file=sys.stderr)
+                print(f"rollouts run without a CUDA graph, so more slowly ({envs.first_line(error)[:150]})")
                 self.graphs[shapes] = None, inputs, None
         graph, inputs, trajectories = self.graphs[shapes]
         with torch.no_grad():
@@ -127,11 +127,11 @@ def run_jobs(work, jobs, count, tell, signals):
     queue, results, errors, stopped = list(range(len(jobs)))[::-1], [], [], False
     pipes = {}
     try:
-        with signals_blocked():
-            for _ in range(min(count, len(jobs))):
+        for _ in range(min(count, len(jobs))):
+            with signals_blocked():
                 pipe, process = start(serve_jobs, work, jobs)
                 pipes[pipe] = process
-                pipe.send(queue.pop())
+            pipe.send(queue.pop())
         busy = set(pipes)
         while busy:
             for pipe in multiprocessing.connection.wait(busy, timeout=0.2):
@@ -192,11 +192,15 @@ class Workers:
 
     def __init__(self, env, make_act, count):
         self.count, self.pipes, self.processes = count, [], []
-        with signals_blocked():
+        try:
             for index in range(count):
-                pipe, process = start(serve, env, make_act, index, count, daemon=True)
-                self.pipes.append(pipe)
-                self.processes.append(process)
+                with signals_blocked():
+                    pipe, process = start(serve, env, make_act, index, count, daemon=True)
+                    self.pipes.append(pipe)
+                    self.processes.append(process)
+        except BaseException:  # a second Ctrl-C, or no memory for another process
+            self.close()
+            raise
 
     def rollout(self, params, phi, noise):
         """As `rollout_here`. Raises ProcessError."""
@@ -263,9 +267,24 @@ def start(target, *args, daemon=False):
 
 
 def end(processes):
+    with signals_blocked():  # or a second Ctrl-C would leave some, and Python's own end waits for them
+        for process in processes:
+            process.kill()
     for process in processes:
-        process.kill()
         process.join()
+
+
+def memory(device="cpu"):
+    """Bytes of memory that this machine, or its CUDA device, has; infinity where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def most_processes():
+    """As many as fit into half the memory: a forked one shares most of its own, a spawned one loads torch anew."""
+    each = 100e6 if context().get_start_method() == "fork" else 500e6
+    return max(min(memory() / 2 / each, 1024) // 1, 1)
 
 
 def context():
@@ -287,7 +306,8 @@ def end_with_parent(signum=signal.SIGKILL):
 @contextlib.contextmanager
 def signals_blocked():
     """Ctrl-C and SIGTERM are for the main process, which finishes the epoch; but a terminal and a batch system send
-    them to all. Processes started inside never see them; those that arrive meanwhile are delivered at the end."""
+    them to all. A process started inside never sees them; those that arrive meanwhile are delivered at the end, before
+    the next one is started."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -332,6 +352,8 @@ def keep_memory():
 
 
 # --- torchrun's ranks ---
+
+LAST_WORDS_SECONDS = 3  # that rank 0, if it keeps the store, stays for the others at most when it fails
 
 
 class Ranks:
@@ -429,7 +451,7 @@ class Ranks:
     def exit(self, code):
         """End a rank that failed at once, since torch's tear-down may abort over a lost peer; but rank 0, if it keeps
         the store, after the others know."""
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
         with contextlib.suppress(RuntimeError):
             while self.keeps_store and self.store.add("failures", 0) < self.count and time.monotonic() < deadline:
                 time.sleep(0.02)

@@ -48,7 +48,7 @@ def main(argv=None):
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
-        check_memory(args, env)
+        check_memory(args, env, choose_device(args, env))
         runs = new_runs(args, env)
         failures, stopped = train_all(runs, env, args, ranks)
         ranks.object_from_first(lambda: finish(failures, args))
@@ -79,9 +79,10 @@ def train_all(runs, env, args, ranks):
         states = ranks.object_from_first(lambda: [run.state for run in runs])
         for run, state in zip(runs, states, strict=True):
             run.state = state
-        processes = 1 if device == "cuda" or ranks.count > 1 else max(min(args.workers, len(runs)), 1)
+        workers = min(args.workers, parallel.most_processes())
+        processes = 1 if device == "cuda" or ranks.count > 1 else max(min(workers, len(runs)), 1)
         trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
-        samplers = min(args.workers // processes, trajectories)  # for each that trains, if gymnasium's environments
+        samplers = min(workers // processes, trajectories)  # for each that trains, if gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
         failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
     return failures, signals

@@ -18,6 +18,7 @@ from pathlib import Path
 import checkpoints
 import envs
 import maml
+import parallel
 import policies
 from checkpoints import RunError
 
@@ -197,7 +198,8 @@ SETTINGS = {
     "running": [
         Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
                 choices=("auto", "cpu", "cuda"), identity=False),
-        Setting("workers", "processes that share the runs, or the trajectories of a few runs; 1: this one", "4",
+        Setting("workers", "processes that share the runs, or the trajectories of a few runs; never more than there "
+                "are, or than fit into half the memory; 1: this one", "4",
                 number(int, 0, 1024), None,
                 "the number of cores", identity=False),
         Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
@@ -451,9 +453,10 @@ def medium_of(args, env):
     return phi
 
 
-def check_memory(args, env):
+def check_memory(args, env, device):
     """Refuse what cannot fit into memory before it starts: at the least, every task has its parameters twice, and the
-    gradient needs every layer's activations three times."""
+    gradient needs every layer's activations three times; all runs of one algorithm train at once, and those of others
+    too where there are as many processes."""
 
     def value(name):
         given = getattr(args, name)
@@ -462,11 +465,14 @@ def check_memory(args, env):
     sizes = [env.obs_dim, *value("hidden"), env.action_dim]
     params = sum(a * b for a, b in itertools.pairwise(sizes))
     activations = value("trajectories") * env.horizon * sum(sizes[1:])
-    runs = math.prod(len(getattr(args, name) or [0]) for name in SWEPT)
-    need = 4 * runs * value("tasks") * (2 * params + 3 * activations)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    alike = math.prod(len(getattr(args, name) or [0]) for name in SWEPT if name != "delta")
+    runs = [alike * (len(args.delta or [0]) if algo.startswith("directed-") else 1) for algo in args.algo]
+    at_once = sum(sorted(runs)[-1 if device == "cuda" else -max(args.workers, 1) :])  # the largest
+    need = 4 * at_once * value("tasks") * (2 * params + 3 * activations)
+    have = parallel.memory(device)
     if need > have:
+        what = "GPU" if device == "cuda" else "machine"
         raise RunError(
-            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the machine has {have / 2**30:.0f}; give "
+            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the {what} has {have / 2**30:.0f}; give "
             "fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 2,
         )  # fmt: skip

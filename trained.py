@@ -200,7 +200,7 @@ def watch(folder, phi=None, trusted_env=None):
     images = [Image.fromarray(picture) for picture in pictures]
     images = [image.resize((image.width // 2, image.height // 2)) for image in images]
     animation = io.BytesIO()
-    images[0].save(animation, format="GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
+    images[0].save(animation, format="GIF", save_all=True, append_images=images[1:], duration=milliseconds(env), loop=0)
     path = Path(folder) / f"watch-{'_'.join(f'{x:g}' for x in phi.flatten().tolist())}.gif"
     checkpoints.write_atomically(path, animation.getvalue())
     length, total = int(episode["mask"].sum()), float(episode["rewards"].sum())
@@ -230,6 +230,18 @@ def what_phi_changes(env, steps=5):
     parts = ", ".join(parts or ["no observation differs"])
     first = f"{', '.join(env.phi_names)} = {phi}: after {steps} equal random actions"
     return f"{first} {parts}; the rewards sum to {paid[0]:.4g} | {paid[1]:.4g}"
+
+
+def milliseconds(env):
+    """Of a step on the environment's own clock: gymnasium's render_fps, or the family's dt. In tens, and 20 or more,
+    which is what a GIF can say and viewers obey."""
+    env_id = env.draw if isinstance(env.draw, str) else env.dynamics.env_id if env.in_workers else None
+    step = 1000 * env.dt
+    if env_id is not None:
+        made = envs.gymnasium.make(env_id)
+        step = 1000 / (made.metadata.get("render_fps") or 20)
+        made.close()
+    return max(round(step / 10), 2) * 10
 
 
 def frames(env, phi, noise, episode):
@@ -292,18 +304,21 @@ def draw_frames(env, phi, episode):
 
     length = int(episode["mask"].sum())
     obs = np.concatenate([episode["obs"][0, 0, 0, :length], episode["last_obs"][0, 0]])
-    pictures = []
-    for t in range(1, len(obs) + 1):
+    pictures, limits = [], None
+    for t in (len(obs), *range(1, len(obs) + 1)):  # first the whole episode, whose axes are those of all pictures
         figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-        (env.draw or partial(draw_observations, length))(axes, obs[:t], phi.flatten().tolist())
-        axes.legend(loc="upper right")
+        (env.draw or draw_observations)(axes, obs[:t], phi.flatten().tolist())
+        limits = limits or {"xlim": axes.get_xlim(), "ylim": axes.get_ylim()}
+        axes.set(**limits)
+        figure.legend(loc="outside lower center", ncols=4)  # covers nothing
         figure.canvas.draw()
         pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
         plt.close(figure)
-    return pictures
+    return pictures[1:]
 
 
-def draw_observations(length, axes, obs, phi):
+def draw_observations(axes, obs, phi):
+    """Against time; a legend for as many as one can tell apart."""
     for i, values in enumerate(obs.T):
-        axes.plot(values, label=f"observation {i}")
-    axes.set(xlim=(0, length), xlabel="step", title=f"φ = {', '.join(f'{x:g}' for x in phi)}")
+        axes.plot(values, label=f"observation {i}" if len(obs.T) <= 12 else None)
+    axes.set(xlabel="step", title=f"φ = {', '.join(f'{x:g}' for x in phi)}")

@@ -24,6 +24,14 @@ def no_figures():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync():
+    """Files need not survive the machine's end, and thousands of them take seconds: commands are forked with this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def figures(monkeypatch):
     pytest.importorskip("matplotlib")

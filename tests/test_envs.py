@@ -283,6 +283,7 @@ def trained_on(name, device, S=2, M=3, K=4):
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_rollout_on_a_device_asks_nothing_of_the_host(name):
     env, head, params, phi, noise = trained_on(name, "meta")
+    env, noise = replace(env, horizon=9), noise | {"action": noise["action"][:, :, :, :9]}
     with NothingFromTheHost():
         batch = envs.rollout(env, policies.actor(params, head, torch), phi, noise, torch)
     assert batch["mask"].shape == (2, 3, 4, env.horizon)

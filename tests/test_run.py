@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import measures
+import parallel
 import policies
 import run
+import settings
 from checkpoints import TABLES, Run
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
@@ -183,6 +185,27 @@ def test_too_large_for_the_memory(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_algorithms_that_train_at_once_need_their_memory_together(tmp_path, capsys, monkeypatch):
+    """Of two seeds, M = 5 tasks have their parameters, 4 · 1000 + 1000 · 2 of them, twice; three times K = 1 trajectory
+    of one step has the activations of every layer; 4 bytes each."""
+    need = 4 * 2 * 5 * (2 * (4 * 1000 + 1000 * 2) + 3 * (1000 + 2))
+    words = ["--hidden", 1000, "--tasks", 5, "--trajectories", 1, "--horizon", 1, "--seed", 1, 2]
+    for workers, algos, have in ((1, 1, need), (1, 2, need), (2, 1, need), (2, 2, 2 * need)):
+        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have - 1)
+        out = tmp_path / f"{workers}-{algos}"
+        algo = " ".join(["maml", "fomaml"][:algos])
+        assert "this needs" in refused(capsys, out, *words, "--workers", workers, algo=algo)
+        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have)
+        settings.check_memory(args := settings.parse(full(words, workers, algo)), settings.make_env(args), "cpu")
+    settings.check_memory(args, settings.make_env(args), "cpu")
+    monkeypatch.setattr(parallel, "memory", lambda device: need)
+    settings.check_memory(args, settings.make_env(args), "cuda")  # one process, one algorithm at a time
+
+
+def full(words, workers, algo):
+    return [*map(str, words), "--workers", str(workers), "--env", "cartpole", "--algo", *algo.split()]
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
 def test_memory_that_runs_out_while_it_trains_is_one_line(tmp_path, capsys, monkeypatch, error):
     def full(*args):
@@ -225,8 +248,7 @@ def test_spaces_and_letters_of_other_scripts_in_a_relative_path_in_the_c_locale_
 # --- files ---
 
 
-@pytest.mark.parametrize("env", ["cartpole", "point", "velocity"])
-@pytest.mark.parametrize("rl", ["pg", "ac"])
+@pytest.mark.parametrize(("env", "rl"), [("cartpole", "pg"), ("point", "ac"), ("velocity", "pg")])
 def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl):
     train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(ALGORITHMS), epochs=2)
     root = tmp_path / f"{env}-{rl}"
@@ -340,15 +362,6 @@ def test_the_same_command_twice_gives_the_same_log(tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_a_run_alone_equals_the_same_run_inside_a_sweep(tmp_path):
-    train(tmp_path / "alone", "--seed", 2, algo="directed-maml")
-    train(tmp_path / "sweep", "--seed", 1, 2, 3, "--delta", 0, 0.005, algo="directed-maml")
-    alone, inside = (
-        rows(tmp_path / name / "cartpole-pg/directed-maml/delta0.005/seed2/log.csv") for name in ("alone", "sweep")
-    )
-    assert alone == inside
-
-
 def test_delta_zero_is_the_undirected_run_epoch_by_epoch(tmp_path):
     train(tmp_path, "--delta", 0, algo="maml directed-maml")
     plain, zero = (rows(tmp_path / "cartpole-pg" / f / "seed1/log.csv") for f in ("maml", "directed-maml/delta0"))
@@ -359,8 +372,9 @@ def test_delta_zero_is_the_undirected_run_epoch_by_epoch(tmp_path):
 # --- resume ---
 
 
-@pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "reptile"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("algo", "optimizer"), [("directed-maml", "sgd"), ("directed-meta-sgd", "adam"), ("reptile", "adam")]
+)
 def test_three_epochs_and_three_more_are_six_row_for_row(tmp_path, algo, optimizer):
     words = ["--seed", 1, 2, "--optimizer", optimizer]
     train(tmp_path / "once", *words, algo=algo, epochs=6)
@@ -402,8 +416,9 @@ def test_overwrite_removes_the_runs_own_files_alone(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")  # which would be more lines
-@pytest.mark.parametrize("rl", ["pg", "ac"])
-@pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "directed-reptile"])
+@pytest.mark.parametrize(
+    ("algo", "rl"), [("directed-maml", "pg"), ("directed-meta-sgd", "ac"), ("directed-reptile", "pg")]
+)
 def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resuming(tmp_path, capsys, rl, algo):
     words = ["--seed", 1, 2, "--delta", 0.005, 1e39, "--rl", rl]  # δ beyond float32: it explodes in the first epoch
     root = tmp_path / f"cartpole-{rl}" / algo

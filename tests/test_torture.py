@@ -1,7 +1,5 @@
 """Some of bench/torture.py: random command lines. tests/test_checkpoints.py kills training."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import run
@@ -41,10 +39,8 @@ def test_a_usage_error_that_changes_files_is_found(monkeypatch):
     assert len(findings) == 5 and all(finding.startswith("a usage error changed files") for finding in findings)
 
 
-def test_processes_of_several_threads_train_networks_large_enough_to_use_them(tmp_path):
+def test_processes_of_several_threads_train_networks_large_enough_to_use_them(tmp_path, start):
     words = ["--env", "point", "--algo", "maml", "fomaml", "--hidden", "200", "200", "--threads", "2", "--workers", "2"]
     words += [word for name, value in fuzz.SMALL.items() if name not in ("hidden", "workers")
               for word in (ALL_SETTINGS[name].flag, value)]  # fmt: skip
-    program = "import run; run.report.write = lambda root: ([], []); run.main()"
-    command = [sys.executable, "-c", program, *words, "--quiet", "--out", str(tmp_path)]
-    assert subprocess.run(command, cwd=Path(run.__file__).parent, timeout=60).returncode == 0
+    assert start(*words, out=tmp_path).wait() == (0, [])

@@ -284,11 +284,38 @@ def test_a_run_is_watched_after_adaptation_on_the_mean_task_by_default(small, ca
     assert str(small / folder / name) in out and frames_of(small / folder / name) > 3
 
 
+def test_an_animation_plays_at_the_environments_own_speed(small):
+    """CartPole's gymnasium renders 50 frames a second, Pendulum's 30, which a GIF rounds; velocity has dt = 0.1 s."""
+    assert [trained.milliseconds(trained.load(small / x).env) for x in (CARTPOLE, PENDULUM, VELOCITY)] == [20, 30, 100]
+    trained.watch(small / VELOCITY, [1.5])
+    image = pytest.importorskip("PIL.Image")
+    with image.open(small / VELOCITY / "watch-1.5.gif") as animation:
+        times = [animation.seek(i) or animation.info["duration"] for i in range(animation.n_frames)]
+    assert sum(times) == 100 * 6  # 5 steps and the start
+
+
+def test_the_axes_of_all_pictures_are_those_of_the_whole_episode(monkeypatch):
+    """A velocity that grows to 9, and a legend outside of the axes."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    obs = 3 * np.arange(3.0).reshape(1, 1, 1, 3, 1)
+    episode = {"obs": obs, "mask": np.ones((1, 1, 1, 3), bool), "last_obs": np.full((1, 1, 1, 1), 9.0)}
+    assert len(trained.draw_frames(envs.ENVS["velocity"], np.array([[[1.0]]]), episode)) == len(figures) - 1 == 4
+    for figure in figures:
+        [axes], [legend] = figure.axes, figure.legends
+        (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+        assert low <= 0 < 9 <= high and left <= 0 < 3 <= right and (low, high) == figures[0].axes[0].get_ylim()
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    monkeypatch.undo()
+    plt.close("all")
+
+
 @pytest.mark.parametrize(("env", "name"), [("crossing", "watch-10.gif"), ("point", "watch-0_0.gif")])
 def test_the_other_families_draw_themselves(tmp_path, env, name):
-    train(tmp_path, "--horizon", 4, env=env, epochs=1)
+    train(tmp_path, "--horizon", 2, env=env, epochs=1)
     trained.watch(tmp_path / f"{env}-pg/fomaml/seed1")
-    assert frames_of(tmp_path / f"{env}-pg/fomaml/seed1" / name) == 5  # 4 steps
+    assert frames_of(tmp_path / f"{env}-pg/fomaml/seed1" / name) == 3  # 2 steps
 
 
 def test_a_family_that_draws_nothing_shows_its_observations_against_time(tmp_path, monkeypatch):
@@ -298,10 +325,10 @@ def test_a_family_that_draws_nothing_shows_its_observations_against_time(tmp_pat
         actions=((-0.1,) * 3, (0.1,) * 3), draw=None,
     )  # fmt: skip
     monkeypatch.setitem(envs.ENVS, "space", space)
-    train(tmp_path, "--horizon", 4, env="space", epochs=1)
+    train(tmp_path, "--horizon", 2, env="space", epochs=1)
     folder = tmp_path / "space-pg/fomaml/seed1"
-    assert "4 steps, return " in trained.watch(folder, [0.1, 0.2, 0.3])
-    assert frames_of(folder / "watch-0.1_0.2_0.3.gif") == 5
+    assert "2 steps, return " in trained.watch(folder, [0.1, 0.2, 0.3])
+    assert frames_of(folder / "watch-0.1_0.2_0.3.gif") == 3
 
 
 @pytest.mark.parametrize("words", [["--phi", "1", "2"], ["--phi", "9", "9", "9"]])
