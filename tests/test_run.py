@@ -138,14 +138,17 @@ FLAGS = [
     (["--env", "no_such_module:Env-v0"], "--env no_such_module:Env-v0: gymnasium cannot make it: ModuleNotFoundError"),
     (["--env", "..:Env-v0"], "--env ..:Env-v0: gymnasium cannot make it"),
     (["--env", "LunarLander-v2"], "--env LunarLander-v2: "),
-    (["--env", "Pendulum-v1"], "--env Pendulum-v1: say which attribute is φ with --param, one of: "),
+    (["--env", "Pendulum-v1"], "--env Pendulum-v1: say which parameter is φ with --param, one of: "),
     (["--env", "Pendulum-v1", "--param", "g"], "--env Pendulum-v1: give the range of g, e.g. --range 5 15"),
     (["--env", "Pendulum-v1", "--param", "gg", "--range", "5", "15"], "--param gg: Pendulum-v1 has no such number"),
     (["--env", "Pendulum-v1", "--param", "step", "--range", "5", "15"], "--param step: Pendulum-v1 has no such number"),
     (["--env", "Pendulum-v1", "--param", "g", "g", "--range", *"1212"], "--param g g: duplicate attribute"),
     (["--env", "Pendulum-v1", "--param", "l", "--range", "0", "1"], "--range: Pendulum-v1 fails at l = 0"),
-    (["--env", "CartPole-v1", "--param", "masscart", "--range", "1", "2"], "give the same episode, so it is no task"),
-    (["--env", "Blackjack-v1", "--param", "natural", "--range", "0", "1"], "Blackjack-v1: observations are Tuple"),
+    (
+        ["--env", "CartPole-v1", "--param", "masscart", "--range", "1", "2"],
+        "give the same episode under random actions, so it is no task",
+    ),
+    (["--env", "Blackjack-v1", "--param", "natural", "--range", "0", "1"], "natural: a switch of Blackjack-v1"),
     # a run to watch
     (["--watch", "no-such-run"], "no-such-run: there is no checkpoint.pt; name the folder of one run"),
 ]
