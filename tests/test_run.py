@@ -146,7 +146,7 @@ FLAGS = [
     (["--env", "Pendulum-v1", "--param", "l", "--range", "0", "1"], "--range: Pendulum-v1 fails at l = 0"),
     (
         ["--env", "CartPole-v1", "--param", "masscart", "--range", "1", "2"],
-        "give the same episode under random actions, so it is no task",
+        "so it is no task",
     ),
     (["--env", "Blackjack-v1", "--param", "natural", "--range", "0", "1"], "natural: a switch of Blackjack-v1"),
     # a run to watch
