@@ -113,6 +113,9 @@ def right_line(rng):
         line["trajectories"] = ["2"]
     if line.get("medium") == ["pooled"]:  # K a multiple of M
         line |= {"tasks": ["1"]}
+    if line.get("outer_steps", ["1"]) != ["1"]:  # the one estimator with a likelihood ratio
+        line["estimator"] = ["lvc"]
+    args.outer_steps = int(line.get("outer_steps", ["1"])[0])
     args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
     for setting in chosen:  # a flag that does nothing is an error
         needed = NEEDS.get(setting.needs)
