@@ -118,6 +118,9 @@ def right_line(rng):
         line["trajectories"] = ["2"]
     if line.get("medium") == ["pooled"]:  # K a multiple of M
         line |= {"tasks": ["1"]}
+    if line.get("outer_steps", ["1"]) != ["1"]:  # the one estimator with a likelihood ratio
+        line["estimator"] = ["lvc"]
+    args.outer_steps = int(line.get("outer_steps", ["1"])[0])
     args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
     if line.get("outer_steps", ["1"]) != ["1"]:  # likelihood ratios are lvc's
         line.pop("estimator", None)
