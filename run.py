@@ -7,6 +7,7 @@ directed.py.
 
 import contextlib
 import math
+import os
 import platform
 import shlex
 import signal
@@ -14,6 +15,10 @@ import sys
 import time
 from collections import defaultdict
 from functools import partial
+
+# Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
+# torch's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import gymnasium
 import numpy

@@ -99,7 +99,8 @@ FLAGS = [
     (["--algo", "directed-maml", "--medium", "nan"], "--medium nan: expected mean, sampled, median, random"),
     (["--algo", "maml,fomaml"], "--algo: 'maml,fomaml': separate values by spaces: maml fomaml"),
     (["--seed", "1,2"], "--seed: '1,2': separate values by spaces: 1 2"),
-    (["stray"], "stray: a value that no flag takes"),
+    (["--rl", "pg", "ac"], "ac: a value too many for --rl; give a command for each"),
+    (["--quiet", "stray"], "stray: a value too many for --quiet"),
     (["--like", "no-such-run"], "--like no-such-run: FileNotFoundError"),
     # missing values
     (["--delta"], "--delta: expected at least one argument"),
