@@ -452,7 +452,7 @@ class Progress:
         now = time.monotonic()
         if self.lines and now - self.said > 30:
             left = (now - self.start) / (self.done - self.begun) * (self.total - self.done)
-            print(f"{algo}: epoch {self.done} of {self.total}, return {mean_return:.4g}, {left:.0f} s left",
+            print(f"{algo}: return {mean_return:.4g}; {self.done} of all runs' {self.total} epochs, {left:.0f} s left",
                   file=sys.stderr)  # fmt: skip
             self.said = now
 
