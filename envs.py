@@ -117,7 +117,7 @@ def point(phi, noise, xp):
 def draw_point(axes, obs, phi):
     axes.plot(*obs.T, color="#0072B2", marker="o", markersize=3, label="path")
     axes.plot(*phi, "*", color="#D55E00", markersize=14, label="goal")
-    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", adjustable="datalim")
+    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
 
 
 # A body on a line, at rest at first, changes its velocity v by the action (m/s); φ = target v*; reward −(v − v*)².

@@ -151,6 +151,8 @@ def read_run(folder):
         path = folder / name
         try:
             run[path.stem] = parse(path.read_text(encoding="utf-8") if path.exists() else "")
+        except OlderFormat as error:
+            raise ValueError(f"{path}: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error)[:100]})") from error
     run["settings"] = settings_of(run["config"])
@@ -159,8 +161,14 @@ def read_run(folder):
     return run
 
 
+class OlderFormat(ValueError):
+    """A run that is not damaged, but of an earlier version."""
+
+
 def parse_config(text):
     config = json.loads(text)
+    if "range" not in config and {"low", "high"} <= config.keys():
+        raise OlderFormat("written by an earlier version of this code; report on it with that version, or train anew")
     number = (int, float, type(None))
     kinds = {"env": str, "rl": str, "algo": str, "seed": int, "phi_names": list, "range": list, "inner_steps": int}
     kinds |= {"eval_steps": int, "beta": number[:2], "delta": number, "threshold": number}

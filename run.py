@@ -7,6 +7,7 @@ directed.py.
 
 import contextlib
 import math
+import os
 import platform
 import shlex
 import signal
@@ -14,6 +15,10 @@ import sys
 import time
 from collections import defaultdict
 from functools import partial
+
+# Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
+# torch's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import gymnasium
 import numpy
@@ -525,7 +530,7 @@ class Progress:
         now = time.monotonic()
         if self.lines and now - self.said > 30:
             left = (now - self.start) / (self.done - self.begun) * (self.total - self.done)
-            print(f"{algo}: epoch {self.done} of {self.total}, return {mean_return:.4g}, {left:.0f} s left",
+            print(f"{algo}: return {mean_return:.4g}; {self.done} of all runs' {self.total} epochs, {left:.0f} s left",
                   file=sys.stderr)  # fmt: skip
             self.said = now
 

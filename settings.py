@@ -274,7 +274,9 @@ def parse(argv, follow_like=True):
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
-        parser.error(f"{unknown[0]}: a value that no flag takes; flags that take several say so in --help")
+        before = [word for word in argv[: argv.index(unknown[0])] if word.startswith("--")]
+        why = f"a value too many for {before[-1]}; give a command for each" if before else "a value before any flag"
+        parser.error(f"{unknown[0]}: {why}")
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
         parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")

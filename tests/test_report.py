@@ -436,6 +436,18 @@ def folder_instead(path):
     path.mkdir()
 
 
+def test_a_run_of_an_earlier_version_is_left_out_in_one_line_that_says_so(tmp_path):
+    """Its config.json has low, high and phi."""
+    write_run(tmp_path / "maml/seed1", "maml", None, [1.0])
+    path = tmp_path / "zfoma/seed1/config.json"
+    write_run(path.parent, "fomaml", None, [1.0])
+    config = json.loads(path.read_text())
+    config |= {"low": config["range"][::2], "high": config["range"][1::2], "phi": config["phi_names"]}
+    path.write_text(json.dumps({key: x for key, x in config.items() if key not in ("range", "phi_names")}))
+    [line] = report.write(tmp_path)[1]
+    assert line.startswith(f"{path}: written by an earlier version of this code;") and "\n" not in line
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

@@ -97,7 +97,8 @@ FLAGS = [
     (["--algo", "directed-maml", "--medium", "nan"], "--medium nan: expected mean, sampled, median, random"),
     (["--algo", "maml,fomaml"], "--algo: 'maml,fomaml': separate values by spaces: maml fomaml"),
     (["--seed", "1,2"], "--seed: '1,2': separate values by spaces: 1 2"),
-    (["stray"], "stray: a value that no flag takes"),
+    (["--rl", "pg", "ac"], "ac: a value too many for --rl; give a command for each"),
+    (["--quiet", "stray"], "stray: a value too many for --quiet"),
     (["--like", "no-such-run"], "--like no-such-run: FileNotFoundError"),
     # missing values
     (["--delta"], "--delta: expected at least one argument"),
@@ -217,6 +218,21 @@ def test_spaces_and_letters_of_other_scripts_in_a_relative_path_in_the_c_locale_
     root = folder / "läufe δ/Pendulum-v1-pg"
     assert len(rows(root / "directed-maml/delta0.005/seed1/log.csv")) == 2
     assert "directed-maml" in (root / "report.md").read_text(encoding="utf-8")
+
+
+def test_without_a_terminal_a_line_every_30_seconds_tells_the_time_left_over_all_runs(capsys, monkeypatch):
+    """Two algorithms, two runs each, 10 epochs: 40; an update of 2 takes 11 s, so that each line comes at the third."""
+    runs = [Run(None, {}, {"epoch": 0}) for _ in range(4)]
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    with run.Progress(runs, SimpleNamespace(quiet=False, epochs=10), SimpleNamespace(rank=0)) as progress:
+        for i in range(20):
+            now[0] += 11
+            progress.update(("maml" if i < 10 else "directed-maml", 2, 20.0 + i))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert lines[0] == "maml: return 22; 6 of all runs' 40 epochs, 187 s left"  # 34 epochs at 5.5 s
+    assert lines[3] == "directed-maml: return 31; 24 of all runs' 40 epochs, 88 s left"
 
 
 # --- files ---
