@@ -122,9 +122,6 @@ def right_line(rng):
         line["estimator"] = ["lvc"]
     args.outer_steps = int(line.get("outer_steps", ["1"])[0])
     args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
-    if line.get("outer_steps", ["1"]) != ["1"]:  # likelihood ratios are lvc's
-        line.pop("estimator", None)
-    args.outer_steps = int(line.get("outer_steps", ["1"])[0])
     for setting in chosen:  # a flag that does nothing is an error
         needed = NEEDS.get(setting.needs)
         if needed and not any(needed(args, algo) for algo in line["algo"]):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import measures
+import parallel
 import policies
 import run
+import settings
 from checkpoints import TABLES, Run
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
@@ -106,7 +108,7 @@ FLAGS = [
     # unknown words
     (["--algo", "fomal"], "--algo: 'fomal': did you mean fomaml?"),
     (["--algo", "directed_maml"], "--algo: 'directed_maml': did you mean directed-maml?"),
-    (["--algo", "xyz"], "--algo: 'xyz': choose from maml, fomaml, meta-sgd, reptile, directed-maml"),
+    (["--algo", "xyz"], "--algo: 'xyz': choose from maml, fomaml, meta-sgd, reptile, maml++, imaml"),
     (["--rl", "ppo"], "--rl: 'ppo': choose from pg, ac"),
     (["--estimator", "dise"], "--estimator: 'dise': did you mean dice?"),
     (["--baseline", "steps"], "--baseline: 'steps': did you mean step?"),
@@ -123,7 +125,7 @@ FLAGS = [
     (["--delta", "0.1"], "--delta does nothing without an algorithm that begins with directed-"),
     (["--medium", "random"], "--medium does nothing without an algorithm that begins with directed-"),
     (["--delta-schedule", "decay"], "--delta-schedule does nothing without an algorithm that begins with directed-"),
-    (["--beta-alpha", "0.1"], "--beta-alpha does nothing without the algorithm meta-sgd"),
+    (["--beta-alpha", "0.1"], "--beta-alpha does nothing without an algorithm whose α is learned"),
     (["--gae-lambda", "0.9"], "--gae-lambda does nothing without --rl ac"),
     (["--phi", "12"], "--phi does nothing without --watch RUN"),
     (["--param", "gravity"], "--param gravity: cartpole has its own φ; leave --param out"),
@@ -149,7 +151,10 @@ FLAGS = [
         ["--env", "CartPole-v1", "--param", "masscart", "--range", "1", "2"],
         "so it is no task",
     ),
-    (["--env", "Blackjack-v1", "--param", "natural", "--range", "0", "1"], "natural: a switch of Blackjack-v1"),
+    (
+        ["--env", "Blackjack-v1", "--param", "natural", "--range", "0", "1"],
+        "natural: a switch of Blackjack-v1",
+    ),
     # a run to watch
     (["--watch", "no-such-run"], "no-such-run: there is no checkpoint.pt; name the folder of one run"),
 ]
@@ -179,6 +184,27 @@ def test_too_large_for_the_memory(tmp_path, capsys):
         error = refused(capsys, tmp_path, *words)
         assert "run.py: this needs " in error and "GiB of memory at the least, and the machine has" in error
     assert not any(tmp_path.iterdir())
+
+
+def test_algorithms_that_train_at_once_need_their_memory_together(tmp_path, capsys, monkeypatch):
+    """Of two seeds, M = 5 tasks have their parameters, 4 · 1000 + 1000 · 2 of them, twice; three times K = 1 trajectory
+    of one step has the activations of every layer; 4 bytes each."""
+    need = 4 * 2 * 5 * (2 * (4 * 1000 + 1000 * 2) + 3 * (1000 + 2))
+    words = ["--hidden", 1000, "--tasks", 5, "--trajectories", 1, "--horizon", 1, "--seed", 1, 2]
+    for workers, algos, have in ((1, 1, need), (1, 2, need), (2, 1, need), (2, 2, 2 * need)):
+        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have - 1)
+        out = tmp_path / f"{workers}-{algos}"
+        algo = " ".join(["maml", "fomaml"][:algos])
+        assert "this needs" in refused(capsys, out, *words, "--workers", workers, algo=algo)
+        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have)
+        settings.check_memory(args := settings.parse(full(words, workers, algo)), settings.make_env(args), "cpu")
+    settings.check_memory(args, settings.make_env(args), "cpu")
+    monkeypatch.setattr(parallel, "memory", lambda device: need)
+    settings.check_memory(args, settings.make_env(args), "cuda")  # one process, one algorithm at a time
+
+
+def full(words, workers, algo):
+    return [*map(str, words), "--workers", str(workers), "--env", "cartpole", "--algo", *algo.split()]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
@@ -238,8 +264,7 @@ def test_without_a_terminal_a_line_every_30_seconds_tells_the_time_left_over_all
 # --- files ---
 
 
-@pytest.mark.parametrize("env", ["cartpole", "point", "velocity"])
-@pytest.mark.parametrize("rl", ["pg", "ac"])
+@pytest.mark.parametrize(("env", "rl"), [("cartpole", "pg"), ("point", "ac"), ("velocity", "pg")])
 def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl):
     train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(ALGORITHMS), epochs=2)
     root = tmp_path / f"{env}-{rl}"
@@ -353,15 +378,6 @@ def test_the_same_command_twice_gives_the_same_log(tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_a_run_alone_equals_the_same_run_inside_a_sweep(tmp_path):
-    train(tmp_path / "alone", "--seed", 2, algo="directed-maml")
-    train(tmp_path / "sweep", "--seed", 1, 2, 3, "--delta", 0, 0.005, algo="directed-maml")
-    alone, inside = (
-        rows(tmp_path / name / "cartpole-pg/directed-maml/delta0.005/seed2/log.csv") for name in ("alone", "sweep")
-    )
-    assert alone == inside
-
-
 def test_delta_zero_is_the_undirected_run_epoch_by_epoch(tmp_path):
     train(tmp_path, "--delta", 0, algo="maml directed-maml")
     plain, zero = (rows(tmp_path / "cartpole-pg" / f / "seed1/log.csv") for f in ("maml", "directed-maml/delta0"))
@@ -372,8 +388,9 @@ def test_delta_zero_is_the_undirected_run_epoch_by_epoch(tmp_path):
 # --- resume ---
 
 
-@pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "reptile"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("algo", "optimizer"), [("directed-maml", "sgd"), ("directed-meta-sgd", "adam"), ("reptile", "adam")]
+)
 def test_three_epochs_and_three_more_are_six_row_for_row(tmp_path, algo, optimizer):
     words = ["--seed", 1, 2, "--optimizer", optimizer]
     train(tmp_path / "once", *words, algo=algo, epochs=6)
@@ -415,8 +432,9 @@ def test_overwrite_removes_the_runs_own_files_alone(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")  # which would be more lines
-@pytest.mark.parametrize("rl", ["pg", "ac"])
-@pytest.mark.parametrize("algo", ["directed-maml", "directed-meta-sgd", "directed-reptile"])
+@pytest.mark.parametrize(
+    ("algo", "rl"), [("directed-maml", "pg"), ("directed-meta-sgd", "ac"), ("directed-reptile", "pg")]
+)
 def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resuming(tmp_path, capsys, rl, algo):
     words = ["--seed", 1, 2, "--delta", 0.005, 1e39, "--rl", rl]  # δ beyond float32: it explodes in the first epoch
     root = tmp_path / f"cartpole-{rl}" / algo
