@@ -289,7 +289,7 @@ def as_run_of(algo, original):
     settings = original.settings | {"algo": algo}
     settings["beta_alpha"] = settings["alpha"] * settings["beta"]
     if not algo.startswith("directed-"):
-        settings["medium"] = None
+        settings |= {"delta": None, "medium": None, "delta_schedule": None}
     alpha = maml.learned_alpha(original.state["theta"], settings["alpha"]) if algo == "meta-sgd" else {}
     return replace(original, settings=settings, state=original.state | {"alpha": alpha, "optimizer": {}})
 
