@@ -96,7 +96,7 @@ NEEDS = {
     "the algorithm imaml or directed-imaml": lambda args, algo: algo.endswith("imaml"),
     "the algorithm maml++ or directed-maml++": lambda args, algo: algo.endswith("maml++"),
     "an algorithm with sharp- in its name": lambda args, algo: "sharp-" in algo,
-    "--outer-steps 2 or more, and a query batch, which Reptile lacks": lambda args, algo: (
+    "--outer-steps 2 or more, and a learner other than reptile": lambda args, algo: (
         (args.outer_steps or 1) > 1 and not algo.endswith("reptile")
     ),
 }
@@ -301,10 +301,12 @@ def words_of(folder, replaced):
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if "phi_names" not in config:
+            raise ValueError("written by an earlier version of this code, or no run's")
         replaced = {"device", *replaced} | ({"range"} if config.get("values") else set())  # which then says their ends
         names = [name for name in ALL_SETTINGS if name not in replaced and config.get(name) is not None]
         given = {ALL_SETTINGS[name]: config[name] for name in names if config[name] is not False}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
     values = {x: [] if value is True else value if isinstance(value, list) else [value] for x, value in given.items()}
     return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]

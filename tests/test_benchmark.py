@@ -69,6 +69,14 @@ def test_a_sweep_is_timed_on_one_core_and_on_all(capsys, monkeypatch):
         assert len(parse(command[2:]).seed) == 2
 
 
+@pytest.mark.parametrize("algo", benchmark.TABLE_II)
+def test_a_directed_run_goes_on_as_one_of_every_algorithm_of_table_ii(algo):
+    env, [planned] = measure.Configuration("point", "directed-maml", S=1, M=2, K=2, H=3, hidden=3).plan()
+    with measure.opened(env, [benchmark.as_run_of(algo, planned)], "cpu") as batch:
+        losses = run.train_epoch(batch)
+    assert len(losses) == 1 + algo.startswith("directed-")
+
+
 def test_an_epoch_is_timed_whole_and_in_parts_and_trains_as_it_does_alone():
     configuration = measure.Configuration("crossing", "directed-maml", S=2, M=3, K=4, H=5, hidden=8)
     with measure.opened_endless(configuration, "cpu") as batch, measure.opened_endless(configuration, "cpu") as untimed:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import run
+from checkpoints import RunError
 from settings import ALL_SETTINGS, SETTINGS, make_env, parse, plan
 from tests.commands import train
 
@@ -76,6 +77,13 @@ def test_like_takes_every_setting_of_a_run_and_other_flags_override_it(tmp_path)
     for seed, words in ((8, ["--lik", str(folder / "delta1e-05/seed1")]), (9, [f"--like={folder}/delta1e-05/seed1"])):
         run.main([*words, "--seed", str(seed), "--out", str(tmp_path), "--quiet"])
         assert first | {"seed": seed} == json.loads((folder / f"delta1e-05/seed{seed}/config.json").read_text())
+
+
+@pytest.mark.parametrize("text", ['{"algo": "maml", "phi": ["x"]}', "{}", "[]", "3", "not json"])
+def test_like_of_an_older_run_or_of_none_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunError, match="name the folder of a run"):
+        parse(["--like", str(tmp_path)])
 
 
 def test_a_range_of_seeds():
