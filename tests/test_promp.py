@@ -257,7 +257,7 @@ def test_the_penalty_keeps_the_policy_near_the_old_one(tmp_path):
         (
             "reptile",
             ["--outer-steps", 2, "--clip", 0.2],
-            "--clip does nothing without --outer-steps 2 or more, and a qu",
+            "--clip does nothing without --outer-steps 2 or more, and a le",
         ),
         (
             "maml",
