@@ -9,7 +9,7 @@ torch alone. Trajectories, as `envs.rollout` returns them, are a dict with
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy
 import torch
@@ -170,9 +170,15 @@ def log_probs(params, trajectories, head):
 
 def discounted_sums(x, discount):
     """Σ_{u ≥ t} discountᵘ⁻ᵗ x_u along the last axis, as one product with an (H, H) matrix instead of a loop."""
-    steps = torch.arange(x.shape[-1], device=x.device)
-    ahead = steps[:, None] - steps  # (H, H): from t (column) to u (row)
-    return x @ torch.where(ahead >= 0, float(discount) ** ahead.clamp(min=0).to(x), 0.0)
+    return x @ discounts(x.shape[-1], discount, x.dtype, x.device)
+
+
+@lru_cache(maxsize=8)
+def discounts(horizon, discount, dtype, device):
+    """The matrix of discountᵘ⁻ᵗ, from u (row) to t (column), 0 where u < t: (H, H)."""
+    steps = torch.arange(horizon, device=device)
+    ahead = steps[:, None] - steps
+    return torch.where(ahead >= 0, float(discount) ** ahead.clamp(min=0).to(dtype), 0.0)
 
 
 def whiten(x, mask, baseline="task", obs=None):
