@@ -147,7 +147,8 @@ def train_epoch(batch):
     num_tasks, medium = batch.settings["tasks"], batch.settings["medium"]
     rng, medium_rng = (envs.generators(batch.seeds, purpose, batch.epoch) for purpose in (TASKS, MEDIUM))
     phi = envs.sample_tasks(batch.env, rng, num_tasks)  # line 6: φ ~ ρ, (S, M, P)
-    losses = [TaskLoss(batch, phi, rng, batch.ranks.tasks, replayed=batch.settings["outer_steps"] > 1)]
+    replayed = batch.settings["outer_steps"] > 1
+    losses = [(ReplayedLoss if replayed else TaskLoss)(batch, phi, rng, batch.ranks.tasks)]
     if medium is not None:
         phi_med = envs.medium_task(batch.env, medium, phi, medium_rng)  # line 1: (S, 1, P)
         losses.insert(0, TaskLoss(batch, phi_med, medium_rng, pooled=medium == "pooled"))
@@ -175,44 +176,22 @@ class TaskLoss:
     Of the M tasks it takes its `own` alone, with the noise that they have in any company. Keeps the mean undiscounted
     return (S, M) of every call, and sums up env steps (S,) and seconds of sampling; finite: every loss of a run was
     (S,).
+    """
 
-    replayed: it keeps what it draws. After `replay` the n-th call gets the loss on what the n-th call drew, by
-    likelihood ratios, clipped in query batches alone: inner steps are those of `maml.adapt`, whatever the ratio."""
-
-    def __init__(self, batch, phi, generators, own=slice(None), pooled=False, replayed=False):
+    def __init__(self, batch, phi, generators, own=slice(None), pooled=False):
         self.env, self.sample, self.phi, self.generators, self.own = batch.env, batch.sample, phi, generators, own
         self.num_trajectories, self.pooled = batch.settings["trajectories"] // (phi.shape[1] if pooled else 1), pooled
         options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
-        options.pop("estimator")
-        self.as_drawn = partial(policies.as_drawn, head=batch.head, rl=batch.settings["rl"], **options)
-        self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
-        self.replayed, self.drawn, self.calls = replayed, [], None
         self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
         self.unmeasured = None  # parameters whose return is still to be logged, at no cost to the training
 
     def __call__(self, params):
-        if self.calls is None:
-            start = time.perf_counter()
-            trajectories, clip = self.draw(params), None
-            self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
-            self.seconds += time.perf_counter() - start
-            self.drawn += [self.as_drawn(params, trajectories)] if self.replayed else []
-        else:
-            call, trajectories = next(self.calls)
-            clip = self.clip if call % self.period == 0 else None
-        loss = self.loss(params, trajectories, clip=clip)
-        self.finite = self.finite & loss.detach().isfinite().all(1)
-        return loss
-
-    def replay(self):
-        """Begin an outer step on what was drawn in the first."""
-        self.calls = iter(enumerate(self.drawn, 1))
-
-    def kl(self, theta):
-        """KL(π_old ‖ π_θ) of the policy before adaptation: (S, M), of a replayed loss."""
-        before, *_ = self.drawn
-        return policies.kl(maml.expand(theta, before["mask"].shape[1]), before, self.head)
+        start = time.perf_counter()
+        trajectories = self.draw(params)
+        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
+        self.seconds += time.perf_counter() - start
+        return self.checked(self.loss(params, trajectories))
 
     def draw(self, params):
         """Fresh trajectories, whose returns are kept; their env steps and seconds are for the caller to count."""
@@ -225,6 +204,43 @@ class TaskLoss:
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
         return trajectories
 
+    def checked(self, loss):
+        self.finite = self.finite & loss.detach().isfinite().all(1)
+        return loss
+
+
+class ReplayedLoss(TaskLoss):
+    """A TaskLoss that keeps what it draws. After `replay` the n-th call gets the loss on what the n-th call drew, by
+    likelihood ratios, clipped in query batches alone: inner steps are those of `maml.adapt`, whatever the ratio."""
+
+    def __init__(self, batch, phi, generators, own):
+        super().__init__(batch, phi, generators, own)
+        options = {key: batch.settings[key] for key in policies.OPTIONS if key != "estimator"}
+        self.as_drawn = partial(policies.as_drawn, head=batch.head, rl=batch.settings["rl"], **options)
+        self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
+        self.drawn, self.replays = [], None
+
+    def draw(self, params):
+        trajectories = super().draw(params)
+        self.drawn.append(self.as_drawn(params, trajectories))
+        return trajectories
+
+    def replay(self):
+        """Begin an outer step on what was drawn in the first."""
+        self.replays = iter(enumerate(self.drawn, 1))
+
+    def __call__(self, params):
+        if self.replays is None:
+            return super().__call__(params)
+        call, trajectories = next(self.replays)
+        clip = self.clip if call % self.period == 0 else None
+        return self.checked(self.loss(params, trajectories, clip=clip))
+
+    def kl(self, theta):
+        """KL(π_old ‖ π_θ) of the policy before adaptation: (S, M)."""
+        before, *_ = self.drawn
+        return policies.kl(maml.expand(theta, before["mask"].shape[1]), before, self.head)
+
 
 def penalised(meta_learner, eta):
     """Add η Σᵢ ∇KL(π_old ‖ π_θ), of the policy before adaptation, to the meta-gradient of replayed trajectories
@@ -232,7 +248,7 @@ def penalised(meta_learner, eta):
 
     def penalised_meta_learner(theta, task_loss, *args, **kwargs):
         returned = meta_learner(theta, task_loss, *args, **kwargs)
-        if task_loss.calls is not None:
+        if task_loss.replays is not None:
             penalty = eta * task_loss.kl(theta).sum()
             gradients = torch.autograd.grad(penalty, list(theta.values()), materialize_grads=True)  # 0 of the critic
             for p, gradient in zip(theta.values(), gradients, strict=True):
@@ -294,7 +310,7 @@ def step_norms(batch):
 
 def mean_kl(batch, task_loss):
     """KL(π_old ‖ π_θ) of the policy before adaptation after all outer steps, of each run; None where there was one."""
-    if not task_loss.replayed:
+    if not isinstance(task_loss, ReplayedLoss):
         return [None] * len(batch.runs)
     with torch.no_grad():
         kl = task_loss.kl(batch.theta).double().sum(1).cpu() / batch.settings["tasks"]

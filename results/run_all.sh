@@ -122,15 +122,12 @@ for env in cartpole crossing point; do
   experiment learners/$env/joint --env $env --algo fomaml directed-fomaml --inner-steps 0 $ten
 done
 
-# ProMP: five β-steps on the same trajectories against single ones, each at three step sizes
-for outer in "1" "5 --clip 0.3 --kl-penalty 0.01"; do
-  for inner in 0 1; do
-    for env in "pendulum 200 Pendulum-v1 --param g --range 5 15" "lunarlander 200 lunarlander --eval-every 100"; do
-      read -r name epochs env <<< "$env"
-      experiment promp/$name/outer${outer%% *}-inner$inner --env $env --algo maml directed-maml --inner-steps $inner \
-        --outer-steps $outer --beta 0.0003 0.001 0.003 --seed 1 2 3 4 5 --epochs $epochs
-    done
-  done
+# ProMP: five β-steps on the same trajectories against single ones, each arm at its best of four β on seeds 1 and 2
+pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400 --baseline step --optimizer adam"
+for steps in "1" "5 --clip 0.3"; do
+  grid="--outer-steps $steps --beta 0.003 0.01 0.03 0.1 --seed 1 2 --epochs 100"
+  experiment promp/pendulum/grid-${steps%% *}/adapting $pendulum --algo maml directed-maml $grid
+  experiment promp/pendulum/grid-${steps%% *}/joint $pendulum --algo maml --inner-steps 0 $grid
 done
 
 # LunarLander: a run of 500 epochs takes 20 minutes of a core
