@@ -29,6 +29,13 @@ def generators(seeds, *stream):
     return [torch.Generator().manual_seed(int(state)) for state in states]
 
 
+def on_device(generators, device):
+    """Generators of the same seeds on a GPU, which draws at once what a CPU takes long for; the numbers are others."""
+    if device == "cpu":
+        return generators
+    return [torch.Generator(device).manual_seed(g.initial_seed()) for g in generators]
+
+
 # --- the task families ---
 
 
@@ -379,12 +386,13 @@ def midpoints(low, high, count):
 
 
 def draw_noise(env, generators, num_tasks, num_trajectories):
-    """All randomness of one rollout: reset (S, M, K, R) uniform, action (S, M, K, H, A) Gumbel or normal."""
+    """All randomness of one rollout, on the generators' device: reset (S, M, K, R) uniform, action (S, M, K, H, A)
+    Gumbel or normal."""
     shape = (num_tasks, num_trajectories)
     reset, action = [], []
     for g in generators:
-        reset.append(torch.rand(*shape, env.reset_noise, generator=g))
-        draws = torch.empty(*shape, env.horizon, env.action_dim)
+        reset.append(torch.rand(*shape, env.reset_noise, generator=g, device=g.device))
+        draws = torch.empty(*shape, env.horizon, env.action_dim, device=g.device)
         action.append(draws.exponential_(generator=g) if isinstance(env.actions, int) else draws.normal_(generator=g))
     action = torch.stack(action)
     return {"reset": torch.stack(reset), "action": action.log().neg() if isinstance(env.actions, int) else action}

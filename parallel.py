@@ -33,7 +33,7 @@ class ProcessError(RuntimeError):
 def open_sampler(env, head, device, workers):
     """sample(params, phi, noise) -> trajectories, on params' device, as `envs.rollout` with the policy under params.
 
-    params: dict of (S, M, ...); phi (S, M, P) and noise on the CPU. On CUDA a rollout is a graph; else it is numpy, and
+    params: dict of (S, M, ...); phi (S, M, P) on the CPU. On CUDA a rollout is a graph; else it is numpy, and
     gymnasium's environments step in so many worker processes (0: in this one), which live as long as the context.
     Raises ProcessError.
     """

@@ -179,7 +179,8 @@ class TaskLoss:
     """
 
     def __init__(self, batch, phi, generators, own=slice(None), pooled=False):
-        self.env, self.sample, self.phi, self.generators, self.own = batch.env, batch.sample, phi, generators, own
+        self.env, self.sample, self.phi, self.own = batch.env, batch.sample, phi, own
+        self.generators = envs.on_device(generators, "cpu" if batch.env.in_workers else batch.device)
         self.num_trajectories, self.pooled = batch.settings["trajectories"] // (phi.shape[1] if pooled else 1), pooled
         options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)

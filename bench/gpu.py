@@ -45,6 +45,10 @@ SIZES = (1, 16, 64, 256)
 FAMILIES = [name for name, env in envs.ENVS.items() if not env.in_workers]
 
 
+# A GPU draws other numbers than a CPU: what is compared takes the CPU's on both.
+same_noise = partial(mock.patch.object, envs, "on_device", lambda generators, device: generators)
+
+
 class CheckError(Exception):
     """A check failed; the message is Markdown."""
 
@@ -72,7 +76,7 @@ def trained(configuration, device, epochs=3):
     torch.set_default_dtype(torch.float64)
     try:
         env, runs = configuration.plan()
-        with opened(env, runs, device) as batch:
+        with same_noise(), opened(env, runs, device) as batch:
             for _ in range(epochs):
                 run.train_epoch(batch)
             return torch.cat([p.detach().cpu().flatten() for p in batch.theta.values()])
@@ -147,7 +151,7 @@ def train_here(dtype, out, *words):
     """A command of run.py in this process, without its report. Returns the state of its one run."""
     torch.set_default_dtype(dtype)
     try:
-        with mock.patch.object(report, "write", lambda root: ([], [])):
+        with same_noise(), mock.patch.object(report, "write", lambda root: ([], [])):
             run.main([*map(str, words), "--out", str(out), "--quiet"])
     finally:
         torch.set_default_dtype(torch.float32)

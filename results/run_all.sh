@@ -122,13 +122,19 @@ for env in cartpole crossing point; do
   experiment learners/$env/joint --env $env --algo fomaml directed-fomaml --inner-steps 0 $ten
 done
 
-# ProMP: five β-steps on the same trajectories against single ones, each arm at its best of four β on seeds 1 and 2
-pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400 --baseline step --optimizer adam"
-for steps in "1" "5 --clip 0.3"; do
-  grid="--outer-steps $steps --beta 0.003 0.01 0.03 0.1 --seed 1 2 --epochs 100"
-  experiment promp/pendulum/grid-${steps%% *}/adapting $pendulum --algo maml directed-maml $grid
-  experiment promp/pendulum/grid-${steps%% *}/joint $pendulum --algo maml --inner-steps 0 $grid
-done
+# ProMP: five β-steps on the same trajectories against single ones, for MAML, Directed-MAML and joint training
+promp() { # NAME COMMON-FLAGS.. : the grid over β
+  local name=$1 steps grid
+  shift
+  for steps in "1" "5 --clip 0.3"; do
+    grid="--optimizer adam --baseline step --outer-steps $steps"
+    experiment promp/$name/grid-${steps%% *}/adapting "$@" --algo maml directed-maml $grid
+    experiment promp/$name/grid-${steps%% *}/joint "$@" --algo maml --inner-steps 0 $grid
+  done
+}
+pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400"
+promp pendulum $pendulum --beta 0.003 0.01 0.03 0.1 --seed 1 2 --epochs 100
+promp lunarlander --env lunarlander --eval-every 100 --beta 0.003 0.01 0.03 --seed 1 --epochs 50
 
 # LunarLander: a run of 500 epochs takes 20 minutes of a core
 lander="--env lunarlander --eval-every 100"

@@ -294,12 +294,18 @@ def test_a_rollout_on_a_device_asks_nothing_of_the_host(name):
 # --- randomness ---
 
 
-def test_a_runs_numbers_depend_on_its_seed_and_stream_alone():
-    together = draw_noise(CARTPOLE, generators([1, 2, 3], 1, 7), 2, 2)
-    alone = draw_noise(CARTPOLE, generators([2], 1, 7), 2, 2)
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+)
+def test_a_runs_numbers_depend_on_its_seed_and_stream_alone(device):
+    def draw(seeds, *stream):
+        return draw_noise(CARTPOLE, envs.on_device(generators(seeds, *stream), device), 2, 2)
+
+    together, alone = draw([1, 2, 3], 1, 7), draw([2], 1, 7)
+    assert all(x.device.type == device for x in alone.values())
     assert all(torch.equal(together[key][1:2], alone[key]) for key in alone)
-    for other in (generators([2], 1, 8), generators([2], 2, 7), generators([3], 1, 7)):
-        assert not torch.equal(draw_noise(CARTPOLE, other, 2, 2)["action"], alone["action"])
+    for other in (draw([2], 1, 8), draw([2], 2, 7), draw([3], 1, 7)):
+        assert not torch.equal(other["action"], alone["action"])
 
 
 def test_action_noise_is_gumbel_for_discrete_and_normal_for_box_actions():
