@@ -122,19 +122,22 @@ for env in cartpole crossing point; do
   experiment learners/$env/joint --env $env --algo fomaml directed-fomaml --inner-steps 0 $ten
 done
 
-# ProMP: five β-steps on the same trajectories against single ones, for MAML, Directed-MAML and joint training
-promp() { # NAME COMMON-FLAGS.. : the grid over β
-  local name=$1 steps grid
-  shift
-  for steps in "1" "5 --clip 0.3"; do
-    grid="--optimizer adam --baseline step --outer-steps $steps"
-    experiment promp/$name/grid-${steps%% *}/adapting "$@" --algo maml directed-maml $grid
-    experiment promp/$name/grid-${steps%% *}/joint "$@" --algo maml --inner-steps 0 $grid
-  done
-}
-pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400"
-promp pendulum $pendulum --beta 0.003 0.01 0.03 0.1 --seed 1 2 --epochs 100
-promp lunarlander --env lunarlander --eval-every 100 --beta 0.003 0.01 0.03 --seed 1 --epochs 50
+# ProMP: five β-steps on the same trajectories against single ones, for MAML, Directed-MAML and joint training, each with
+# the best of a grid of step sizes; on Pendulum Table I's δ is too large, so Directed-MAML has a second one
+promp="--optimizer adam --baseline step"
+pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400 $promp --epochs 100"
+lander="--env lunarlander --eval-every 100 $promp"
+for steps in "1" "5 --clip 0.3"; do
+  outer="--outer-steps $steps"
+  grid="$outer --beta 0.003 0.01 0.03 0.1 --seed 1 2"
+  experiment promp/pendulum/grid-${steps%% *}/adapting $pendulum $grid --algo maml directed-maml
+  experiment promp/pendulum/grid-${steps%% *}/delta $pendulum $outer --beta 0.003 0.01 0.03 --seed 1 2 \
+    --algo directed-maml --delta 0.001
+  experiment promp/pendulum/grid-${steps%% *}/joint $pendulum $grid --algo maml --inner-steps 0
+  grid="$outer --beta 0.003 0.01 0.03 --seed 1 --epochs 50"
+  experiment promp/lunarlander/grid-${steps%% *}/adapting $lander $grid --algo maml directed-maml
+  experiment promp/lunarlander/grid-${steps%% *}/joint $lander $grid --algo maml --inner-steps 0
+done
 
 # LunarLander: a run of 500 epochs takes 20 minutes of a core
 lander="--env lunarlander --eval-every 100"
