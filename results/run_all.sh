@@ -117,27 +117,42 @@ experiment cartpole-by-gymnasium --env CartPole-v1 --param gravity --range 5 15 
 # iMAML, MAML++ and Sharp-MAML, with and without the δ-step, beside joint training and FOMAML; compare them by env steps:
 # an epoch of MAML takes two batches a task, of iMAML and MAML++ three, of Sharp-MAML four
 learners="fomaml maml++ imaml sharp-maml sharp-fomaml"
-for env in cartpole crossing point; do
-  experiment learners/$env/adapting --env $env --algo $learners $(printf "directed-%s " $learners) $ten
-  experiment learners/$env/joint --env $env --algo fomaml directed-fomaml --inner-steps 0 $ten
+for env in "cartpole --epochs 150" crossing point; do
+  name=${env%% *}
+  experiment learners/$name/adapting --env $env --algo $learners $(printf "directed-%s " $learners) $ten
+  experiment learners/$name/joint --env $env --algo fomaml directed-fomaml --inner-steps 0 $ten
 done
 
 # ProMP: five β-steps on the same trajectories against single ones, for MAML, Directed-MAML and joint training, each with
 # the best of a grid of step sizes; on Pendulum Table I's δ is too large, so Directed-MAML has a second one
 promp="--optimizer adam --baseline step"
-pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400 $promp --epochs 100"
+pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400 $promp"
 lander="--env lunarlander --eval-every 100 $promp"
 for steps in "1" "5 --clip 0.3"; do
   outer="--outer-steps $steps"
-  grid="$outer --beta 0.003 0.01 0.03 0.1 --seed 1 2"
+  grid="$outer --beta 0.003 0.01 0.03 0.1 --seed 1 2 --epochs 100"
   experiment promp/pendulum/grid-${steps%% *}/adapting $pendulum $grid --algo maml directed-maml
-  experiment promp/pendulum/grid-${steps%% *}/delta $pendulum $outer --beta 0.003 0.01 0.03 --seed 1 2 \
+  experiment promp/pendulum/grid-${steps%% *}/delta $pendulum $outer --beta 0.003 0.01 0.03 --seed 1 2 --epochs 100 \
     --algo directed-maml --delta 0.001
   experiment promp/pendulum/grid-${steps%% *}/joint $pendulum $grid --algo maml --inner-steps 0
   grid="$outer --beta 0.003 0.01 0.03 --seed 1 --epochs 50"
   experiment promp/lunarlander/grid-${steps%% *}/adapting $lander $grid --algo maml directed-maml
   experiment promp/lunarlander/grid-${steps%% *}/joint $lander $grid --algo maml --inner-steps 0
 done
+
+promp_tuned() { # NAME N β β δ β FLAGS.. : with N outer steps, MAML at its β, Directed-MAML at β and δ, joint training at β
+  local place=promp/$1/tuned-$2 maml=$3 directed=$4 delta=$5 joint=$6
+  shift 6
+  experiment $place/maml "$@" --algo maml --beta $maml
+  experiment $place/directed "$@" --algo directed-maml --beta $directed --delta $delta
+  experiment $place/joint "$@" --algo maml --inner-steps 0 --beta $joint
+}
+fresh="--seed 11-15 --epochs 150"
+promp_tuned pendulum 1 0.01 0.01 0.001 0.01 $pendulum $fresh
+promp_tuned pendulum 5 0.01 0.01 0.001 0.01 $pendulum $fresh --outer-steps 5 --clip 0.3
+fresh="--seed 11-13 --epochs 60"
+promp_tuned lunarlander 1 0.01 0.01 0.005 0.01 $lander $fresh
+promp_tuned lunarlander 5 0.003 0.01 0.005 0.01 $lander $fresh --outer-steps 5 --clip 0.3
 
 # LunarLander: a run of 500 epochs takes 20 minutes of a core
 lander="--env lunarlander --eval-every 100"
