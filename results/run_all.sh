@@ -117,7 +117,7 @@ experiment cartpole-by-gymnasium --env CartPole-v1 --param gravity --range 5 15 
 # iMAML, MAML++ and Sharp-MAML, with and without the δ-step, beside joint training and FOMAML; compare them by env steps:
 # an epoch of MAML takes two batches a task, of iMAML and MAML++ three, of Sharp-MAML four
 learners="fomaml maml++ imaml sharp-maml sharp-fomaml"
-for env in "cartpole --epochs 150" crossing point; do
+for env in "cartpole --epochs 120" crossing point; do
   name=${env%% *}
   experiment learners/$name/adapting --env $env --algo $learners $(printf "directed-%s " $learners) $ten
   experiment learners/$name/joint --env $env --algo fomaml directed-fomaml --inner-steps 0 $ten
@@ -147,10 +147,10 @@ promp_tuned() { # NAME N β β δ β FLAGS.. : with N outer steps, MAML at its �
   experiment $place/directed "$@" --algo directed-maml --beta $directed --delta $delta
   experiment $place/joint "$@" --algo maml --inner-steps 0 --beta $joint
 }
-fresh="--seed 11-15 --epochs 150"
+fresh="--seed 11-15 --epochs 100"
 promp_tuned pendulum 1 0.01 0.01 0.001 0.01 $pendulum $fresh
 promp_tuned pendulum 5 0.01 0.01 0.001 0.01 $pendulum $fresh --outer-steps 5 --clip 0.3
-fresh="--seed 11-13 --epochs 60"
+fresh="--seed 11-13 --epochs 50"
 promp_tuned lunarlander 1 0.01 0.01 0.005 0.01 $lander $fresh
 promp_tuned lunarlander 5 0.003 0.01 0.005 0.01 $lander $fresh --outer-steps 5 --clip 0.3
 
