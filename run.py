@@ -503,15 +503,16 @@ OPTIMIZERS = {"sgd": SGD, "adam": Adam}
 
 def check_ranks(args, ranks):
     """All ranks must do the same, and have equally many tasks."""
-    tasks = args.tasks or default_of(ALL_SETTINGS["tasks"])
-    if tasks % ranks.count:
-        raise RunError(f"--tasks {tasks}: not a multiple of the {ranks.count} ranks; give a multiple", 2)
     own = {key: value for key, value in vars(args).items() if key not in ("workers", "threads", "quiet")}
     for key, value in ranks.object_from_first(lambda: own).items():
         if own[key] != value:
             mine, first = (" ".join(map(str, x)) if isinstance(x, list) else x for x in (own[key], value))
             line = f"{ALL_SETTINGS[key].flag}: {mine} on rank {ranks.rank}, {first} on rank 0"
             raise RunError(f"{line}; start all with the same command", 2)
+    tasks = args.tasks or default_of(ALL_SETTINGS["tasks"])
+    if tasks % ranks.count:
+        ranks.sum([torch.zeros(1)])  # all have come so far; or a slow one would lose its peer before it refuses this
+        raise RunError(f"--tasks {tasks}: not a multiple of the {ranks.count} ranks; give a multiple", 2)
 
 
 def begin(run, args, env, device, runs_in_batch):
