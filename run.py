@@ -192,7 +192,7 @@ class TaskLoss:
         trajectories = self.draw(params)
         self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
         self.seconds += time.perf_counter() - start
-        return self.checked(self.loss(params, trajectories))
+        return self.loss_on(trajectories, params)
 
     def draw(self, params):
         """Fresh trajectories, whose returns are kept; their env steps and seconds are for the caller to count."""
@@ -205,7 +205,8 @@ class TaskLoss:
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
         return trajectories
 
-    def checked(self, loss):
+    def loss_on(self, trajectories, params, **options):
+        loss = self.loss(params, trajectories, **options)
         self.finite = self.finite & loss.detach().isfinite().all(1)
         return loss
 
@@ -221,11 +222,6 @@ class ReplayedLoss(TaskLoss):
         self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
         self.drawn, self.replays = [], None
 
-    def draw(self, params):
-        trajectories = super().draw(params)
-        self.drawn.append(self.as_drawn(params, trajectories))
-        return trajectories
-
     def replay(self):
         """Begin an outer step on what was drawn in the first."""
         self.replays = iter(enumerate(self.drawn, 1))
@@ -234,8 +230,12 @@ class ReplayedLoss(TaskLoss):
         if self.replays is None:
             return super().__call__(params)
         call, trajectories = next(self.replays)
-        clip = self.clip if call % self.period == 0 else None
-        return self.checked(self.loss(params, trajectories, clip=clip))
+        return self.loss_on(trajectories, params, clip=self.clip if call % self.period == 0 else None)
+
+    def loss_on(self, trajectories, params, **options):
+        if self.replays is None:
+            self.drawn.append(self.as_drawn(params, trajectories))
+        return super().loss_on(trajectories, params, **options)
 
     def kl(self, theta):
         """KL(π_old ‖ π_θ) of the policy before adaptation: (S, M)."""
