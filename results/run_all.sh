@@ -127,7 +127,7 @@ done
 # the best of a grid of step sizes; on Pendulum Table I's δ is too large, so Directed-MAML has a second one
 promp="--optimizer adam --baseline step"
 pendulum="--env Pendulum-v1 --param g --range 5 15 --threshold -400 $promp"
-lander="--env lunarlander --eval-every 100 $promp"
+lander="--env lunarlander --eval-every 100"
 for steps in "1" "5 --clip 0.3"; do
   outer="--outer-steps $steps"
   grid="$outer --beta 0.003 0.01 0.03 0.1 --seed 1 2 --epochs 100"
@@ -136,8 +136,8 @@ for steps in "1" "5 --clip 0.3"; do
     --algo directed-maml --delta 0.001
   experiment promp/pendulum/grid-${steps%% *}/joint $pendulum $grid --algo maml --inner-steps 0
   grid="$outer --beta 0.003 0.01 0.03 --seed 1 --epochs 50"
-  experiment promp/lunarlander/grid-${steps%% *}/adapting $lander $grid --algo maml directed-maml
-  experiment promp/lunarlander/grid-${steps%% *}/joint $lander $grid --algo maml --inner-steps 0
+  experiment promp/lunarlander/grid-${steps%% *}/adapting $lander $promp $grid --algo maml directed-maml
+  experiment promp/lunarlander/grid-${steps%% *}/joint $lander $promp $grid --algo maml --inner-steps 0
 done
 
 promp_tuned() { # NAME N β β δ β FLAGS.. : with N outer steps, MAML at its β, Directed-MAML at β and δ, joint training at β
@@ -151,11 +151,10 @@ fresh="--seed 11-15 --epochs 100"
 promp_tuned pendulum 1 0.01 0.01 0.001 0.01 $pendulum $fresh
 promp_tuned pendulum 5 0.01 0.01 0.001 0.01 $pendulum $fresh --outer-steps 5 --clip 0.3
 fresh="--seed 11-13 --epochs 50"
-promp_tuned lunarlander 1 0.01 0.01 0.005 0.01 $lander $fresh
-promp_tuned lunarlander 5 0.003 0.01 0.005 0.01 $lander $fresh --outer-steps 5 --clip 0.3
+promp_tuned lunarlander 1 0.01 0.01 0.005 0.01 $lander $promp $fresh
+promp_tuned lunarlander 5 0.003 0.01 0.005 0.01 $lander $promp $fresh --outer-steps 5 --clip 0.3
 
 # LunarLander: a run of 500 epochs takes 20 minutes of a core
-lander="--env lunarlander --eval-every 100"
 experiment lunarlander-pg $lander --algo maml directed-maml --estimator dice --seed 1 2 3 4 5
 experiment lunarlander-pg $lander --algo fomaml meta-sgd --estimator dice --seed 1 2 3 4 5 --epochs 350
 experiment lunarlander-pg $lander --algo reptile --estimator dice --seed 1 2 3 4 5 --epochs 100

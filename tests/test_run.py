@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import envs
 import measures
 import parallel
 import policies
 import run
 import settings
+from bench.gpu import same_noise
 from checkpoints import TABLES, Run
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
@@ -477,13 +477,13 @@ def test_a_loss_that_is_not_finite_stops_its_run_though_the_parameters_are(tmp_p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("env", ["cartpole", "crossing", "point", "velocity"])
 @pytest.mark.parametrize("rl", ["pg", "ac"])
-def test_cuda_agrees_with_the_cpu_and_checkpoints_move_between_them(tmp_path, monkeypatch, env, rl):
-    monkeypatch.setattr(envs, "on_device", lambda generators, device: generators)  # the CPU's noise on both
+def test_cuda_agrees_with_the_cpu_and_checkpoints_move_between_them(tmp_path, env, rl):
     logs = []
     torch.set_default_dtype(torch.float64)
     try:
         for device in ("cpu", "cuda"):
-            train(tmp_path / device, "--device", device, "--rl", rl, env=env, algo="directed-maml", epochs=3)
+            with same_noise():
+                train(tmp_path / device, "--device", device, "--rl", rl, env=env, algo="directed-maml", epochs=3)
             (log,) = (tmp_path / device).rglob("log.csv")
             logs.append(rows(log))
         train(tmp_path / "cuda", "--device", "cpu", "--rl", rl, "--resume", env=env, algo="directed-maml", epochs=4)
