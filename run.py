@@ -19,6 +19,8 @@ from functools import partial
 # Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
 # torch's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Read by torch's MKL: its products have the same bits wherever in memory, so in whatever batch, a matrix is.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import gymnasium
 import numpy

@@ -146,10 +146,15 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def differences(whole, killed):
-    """What differs between the runs under two folders, their times and the reports on them aside: list of lines."""
+def differences(whole, killed, runs="seed*"):
+    """What differs between the runs under two folders, their times and the reports on them aside: list of lines.
+
+    runs: the end of the runs' folders, a pattern. Raises ValueError where there is none.
+    """
     found = []
-    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob("seed*/*")}
+    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob(f"{runs}/*")}
+    if not paths:
+        raise ValueError(f"no {runs} under {whole} or {killed}")
     for path in sorted(paths):
         if not ((whole / path).exists() and (killed / path).exists()):
             found.append(f"{path}: in one folder alone")

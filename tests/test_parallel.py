@@ -161,11 +161,35 @@ def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_in_any_number_of
     train(tmp_path / "one", *size, *sweep, "--workers", 1, **words)
     train(tmp_path / "two", *size, *sweep, "--workers", 2, **words)
     assert torture.differences(tmp_path / "one", tmp_path / "two") == []
-    run = f"{env}-pg/directed-maml/delta0.005/seed2"
-    assert torture.differences(tmp_path / "alone" / run, tmp_path / "two" / run) == []
-    log = rows(tmp_path / "alone" / run / "log.csv")
+    assert torture.differences(tmp_path / "alone", tmp_path / "two", "delta0.005/seed2") == []
+    log = rows(tmp_path / f"alone/{env}-pg/directed-maml/delta0.005/seed2/log.csv")
     assert len(log) == epochs
     assert env != "cartpole" or float(log[-1]["return_post"]) > 1.5 * float(log[0]["return_post"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        # sizes for which BLAS and vectorised loops have other code in another batch
+        "velocity fomaml --tasks 1 --trajectories 3 --horizon 13 --hidden 64 64",
+        "velocity maml --rl ac --tasks 7 --trajectories 2 --horizon 5 --hidden 5 --estimator dice",
+        "velocity reptile --rl ac --tasks 3 --trajectories 10 --horizon 20 --hidden 20 12 --baseline linear",
+        "point directed-maml --rl ac --tasks 3 --trajectories 10 --horizon 37 --hidden 64 --baseline linear",
+        "point meta-sgd --rl ac --tasks 1 --trajectories 2 --horizon 60 --hidden 7 9 --baseline linear",
+        "point sharp-maml --rl ac --tasks 3 --trajectories 5 --horizon 60 --hidden 5",
+        "crossing directed-maml --tasks 7 --trajectories 2 --horizon 37 --hidden 64 64",
+        "crossing imaml --tasks 1 --trajectories 5 --horizon 5 --hidden 64 64 --advantages raw",
+        "crossing maml --tasks 3 --trajectories 3 --horizon 11 --hidden 3 --outer-steps 3 --clip 0.1 --kl-penalty 1",
+        "cartpole maml++ --rl ac --tasks 5 --trajectories 2 --horizon 60 --hidden 8 8 --baseline linear",
+        "cartpole directed-fomaml --rl ac --tasks 2 --trajectories 2 --horizon 13 --hidden 64 --optimizer adam",
+        "Pendulum-v1 directed-maml --param g --range 5 15 --trajectories 3 --horizon 7 --hidden 5",
+    ],
+)
+def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_whatever_the_sizes(tmp_path, words):
+    env, algo, *size = words.split()
+    train(tmp_path / "alone", *size, "--seed", 2, env=env, algo=algo, epochs=2)
+    train(tmp_path / "sweep", *size, "--seed", "1-5", env=env, algo=algo, epochs=2)
+    assert torture.differences(tmp_path / "alone", tmp_path / "sweep", "seed2") == []
 
 
 SWEEP = ["--env", "cartpole", "--algo", "maml", "fomaml", "--seed", 1, 2, "--workers", 2]
@@ -462,7 +486,7 @@ def assert_same_numbers(got, expected):
         for ours, theirs in zip(rows(got / path), rows(expected / path), strict=True):
             assert ours.keys() == theirs.keys()
             for key in ours.keys() - {"phi"}:
-                assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=1e-5)  # "": no δ-step
+                assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=1e-4)  # "": no δ-step
     for path in expected.rglob("checkpoint.pt"):
         states = [torch.load(p, weights_only=True) for p in (path, got / path.relative_to(expected))]
         for name, expected_value in states[0]["theta"].items():
