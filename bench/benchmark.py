@@ -177,7 +177,7 @@ def jax_section(args, base, target):
 
 def cores_section(args, target):
     """Markdown: whole commands of run.py that train a sweep."""
-    epochs = 2 if args.small else 40
+    epochs = 2 if args.small else 100
     words = [
         "--env",
         "cartpole",
@@ -430,10 +430,10 @@ def main(argv=None):
     about = (
         f"`{command}`: torch {torch.__version__}, gymnasium {gymnasium.__version__}, {os.cpu_count()} cores, one "
         f"thread, device {args.device}. The median of {args.repeats} rounds, one where a round takes over {LONG:g} s "
-        "[lowest, highest]. Every trajectory has its full length; only LunarLander's end by themselves. The outer "
-        "gradient includes the δ-step's and the optimiser. MB: peak memory, imports included. × reference: env steps "
-        "a second over those of the conventional design, a Python loop over tasks with `torch.func.functional_call` "
-        "and gymnasium's vector CartPole."
+        "[lowest, highest]. Every trajectory has its full length; only LunarLander's end by themselves, and its own "
+        "rate counts the reset before each. The outer gradient includes the δ-step's and the optimiser. MB: peak "
+        "memory, imports included. × reference: env steps a second over those of the conventional design, a Python "
+        "loop over tasks with `torch.func.functional_call` and gymnasium's vector CartPole."
     )
     text = "\n\n".join(["# Benchmark", about, *text]) + "\n"
     print(text, end="")

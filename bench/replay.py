@@ -19,7 +19,7 @@ def replayers(count):
 
 
 def replay(env, gravities, seeds, episodes, together):
-    """Steps a second of `env.step` alone: these episodes, one after the other; resets are not timed.
+    """Steps a second of gymnasium alone: these episodes, one after the other, with the reset that each begins with.
 
     together: wait until all processes are about to begin. Raises RuntimeError where an episode is not the recorded one.
     """
@@ -27,9 +27,9 @@ def replay(env, gravities, seeds, episodes, together):
         barrier.wait()
     steps, seconds = 0, 0.0
     for gravity, seed, actions in zip(gravities, seeds, episodes, strict=True):
+        start = time.perf_counter()
         env.dynamics.reset(0, [gravity], seed)
         step, over = env.dynamics.instances[0].step, []
-        start = time.perf_counter()
         for action in actions:
             over.append(step(action)[2:4])
         seconds, steps = seconds + time.perf_counter() - start, steps + len(actions)
