@@ -1,11 +1,13 @@
-"""The rival: run.py's CartPole epoch in JAX, as its users would write it, one jitted function for the whole epoch.
+"""The rival: run.py's CartPole epoch in JAX, one jitted function for the whole epoch.
 
-    python bench/jax_rival.py --algo maml --runs 16
+    python bench/jax_rival.py --algo maml --runs 16 --design plain
 
 prints one line of JSON. Needs jax alone (`pip install jax`; it is not in requirements.txt), nothing of this project.
 Every trajectory has its full length, as in this project's own benchmark. Held to one core unless --all-cores.
 
 Axes: S runs, M tasks, H time steps, K trajectories; time comes before trajectories, as lax.scan stacks it.
+Two designs compute the same. plain: as JAX's users write it, jax.grad through the inner step, and vmap over tasks and
+runs. tuned: as fast as we could make it on a CPU, one task after the other, the chain rule written out.
 Parameters are a list of (weight, bias) with leaves (S, ...); adapted to tasks, (S, M, ...). What concerns a single task
 is written for a single task, and batched below. Trajectories are (obs, actions, rewards): (H, K, 4), (H, K), (H, K).
 """
@@ -27,6 +29,7 @@ except ModuleNotFoundError:
     raise ImportError(MISSING) from None
 
 ALGORITHMS = ("maml", "fomaml", "directed-maml", "directed-fomaml")
+DESIGNS = ("tuned", "plain")
 M, K, H = 5, 10, 200
 ALPHA, BETA, DELTA, GAMMA = 0.001, 0.001, 0.005, 0.99
 LOW, HIGH = 5.0, 15.0  # gravity, m/s²
@@ -128,6 +131,11 @@ def one_by_one(function):
     return mapped
 
 
+def all_at_once(function):
+    """`function` of one task over arguments (S, M, ...), batched."""
+    return jax.vmap(jax.vmap(function))
+
+
 def rollouts(params, gravities, keys, shared):
     """Trajectories (S, M, ...) at gravities (S, M), a key per run; shared: params are θ (S, ...), else (S, M, ...)."""
     keys = jax.vmap(partial(jax.random.split, num=gravities.shape[1]))(keys)
@@ -152,23 +160,42 @@ def meta_gradient(theta, support, sample_query, second_order=True):
     return jax.tree.map(lambda g: g.sum(1), gradients)
 
 
-def medium_step(theta, trajectories):
+def plain_meta_gradient(theta, gravities, of_support, of_query, second_order=True):
+    """As `meta_gradient` on the trajectories at gravities (S, M) from two keys of each run, by jax.grad alone."""
+
+    def query_loss(theta, gravity, of_support, of_query):
+        gradients = gradient(theta, rollout(jax.lax.stop_gradient(theta), gravity, of_support))
+        adapted = descend(theta, gradients if second_order else jax.lax.stop_gradient(gradients), ALPHA)
+        return task_loss(adapted, rollout(jax.lax.stop_gradient(adapted), gravity, of_query))
+
+    def of_run(theta, gravities, of_support, of_query):
+        keys = (jax.random.split(key, len(gravities)) for key in (of_support, of_query))
+        query_losses = jax.vmap(query_loss, in_axes=(None, 0, 0, 0))
+        return jax.grad(lambda theta, *args: query_losses(theta, *args).sum())(theta, gravities, *keys)
+
+    return jax.vmap(of_run)(theta, gravities, of_support, of_query)
+
+
+def medium_step(theta, trajectories, batched=one_by_one):
     """θ ← θ − δ ∇L_med(θ) of each run, on trajectories (S, 1, ...)."""
-    gradients = one_by_one(gradient)(per_task(theta, 1), trajectories)
+    gradients = batched(gradient)(per_task(theta, 1), trajectories)
     return descend(theta, jax.tree.map(lambda g: g[:, 0], gradients), DELTA)
 
 
-def epoch(theta, keys, algo):
+def epoch(theta, keys, algo, design="tuned"):
     """One epoch of Algorithm 1 for S runs: θ (S, ...), a key for each -> the new θ."""
+    second_order, tuned = not algo.endswith("fomaml"), design == "tuned"
     of_medium, of_tasks, of_support, of_query = jax.vmap(partial(jax.random.split, num=4), out_axes=1)(keys)
     if algo.startswith("directed-"):
         medium = jnp.full((len(keys), 1), (LOW + HIGH) / 2)
-        theta = medium_step(theta, rollouts(theta, medium, of_medium, shared=True))
+        trajectories = rollouts(theta, medium, of_medium, shared=True)
+        theta = medium_step(theta, trajectories, one_by_one if tuned else all_at_once)
     gravities = jax.vmap(lambda key: jax.random.uniform(key, (M,), minval=LOW, maxval=HIGH))(of_tasks)
+    if not tuned:
+        return descend(theta, plain_meta_gradient(theta, gravities, of_support, of_query, second_order), BETA)
     support = rollouts(theta, gravities, of_support, shared=True)
     sample_query = partial(rollouts, gravities=gravities, keys=of_query, shared=False)
-    gradients = meta_gradient(theta, support, sample_query, second_order=not algo.endswith("fomaml"))
-    return descend(theta, gradients, BETA)
+    return descend(theta, meta_gradient(theta, support, sample_query, second_order), BETA)
 
 
 # --- the measurement ---
@@ -184,14 +211,17 @@ def hold_to_one_core():
     os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}".rstrip()
 
 
-def measure(algo, runs, seconds, all_cores=False):
+def measure(algo, runs, seconds, design="tuned", all_cores=False):
     """Trains `runs` runs as one program for so many seconds; call it in a process of its own.
 
     Returns seconds: "compile" of the first call, compiling included, "epoch" the median after it, "cpu" the processor
     time of that epoch (one core: about the same); and "env_steps" an epoch. All are of all runs together.
     """
-    if algo not in ALGORITHMS or runs < 1:
-        raise ValueError(f"measure: algo {algo!r}, runs {runs}; expected one of {', '.join(ALGORITHMS)}, and runs >= 1")
+    if algo not in ALGORITHMS or design not in DESIGNS or runs < 1:
+        raise ValueError(
+            f"measure: algo {algo!r}, design {design!r}, runs {runs}; expected one of {', '.join(ALGORITHMS)}, one of "
+            f"{', '.join(DESIGNS)}, and runs >= 1"
+        )
     if not all_cores:
         hold_to_one_core()
     keys = jax.random.split(jax.random.key(0), runs)
@@ -199,7 +229,7 @@ def measure(algo, runs, seconds, all_cores=False):
 
     @partial(jax.jit, donate_argnums=0)
     def train_epoch(theta, index):
-        return epoch(theta, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index), algo)
+        return epoch(theta, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index), algo, design)
 
     epochs, end = [], None
     while end is None or len(epochs) < 2 or time.perf_counter() < end:
@@ -217,10 +247,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", choices=ALGORITHMS, default="maml", help="(default maml)")
     parser.add_argument("--runs", type=int, default=1, help="S (default 1)")
+    parser.add_argument("--design", choices=DESIGNS, default="tuned", help="(default tuned)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of epochs after the first (default 2)")
     parser.add_argument("--all-cores", action="store_true", help="let XLA use every core")
     args = parser.parse_args()
-    print(json.dumps(vars(args) | measure(args.algo, args.runs, args.seconds, args.all_cores)))
+    print(json.dumps(vars(args) | measure(args.algo, args.runs, args.seconds, args.design, args.all_cores)))
 
 
 if __name__ == "__main__":

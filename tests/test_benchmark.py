@@ -43,15 +43,16 @@ def test_every_configuration_has_its_row(tmp_path, capsys, monkeypatch):
 def test_jax_is_beside_ours_or_left_out_in_one_line(capsys, monkeypatch):
     in_jax = {"epoch": 0.5, "compile": 9.5, "env_steps": 2 * 5 * 10 * 200}  # before and after, M, K, H
     monkeypatch.setattr(benchmark, "in_fresh_processes", lambda function, *calls: [function(*call) for call in calls])
-    monkeypatch.setattr(benchmark, "measure_in_jax", lambda python, configuration, seconds: in_jax)
+    monkeypatch.setattr(benchmark, "measure_in_jax", lambda *asked: in_jax)
     benchmark.main(["--small", "--repeats", "1", "--part", "jax"])
-    [[row]] = tables(capsys.readouterr().out)["JAX"]
-    assert row[:2] == ["maml", "1"] and row[3] == "0.5 [0.5, 0.5]"
-    assert row[6] == "209 [209, 209]"  # 9.5 + 399 · 0.5 s
+    [found] = tables(capsys.readouterr().out)["JAX"]
+    assert [row[:3] for row in found] == [["plain", "maml", "1"], ["tuned", "maml", "1"]]
+    for row in found:
+        assert row[4] == "0.5 [0.5, 0.5]" and row[7] == "209 [209, 209]"  # 9.5 + 399 · 0.5 s
     in_jax["env_steps"] = 1
     with pytest.raises(RuntimeError, match="20000 env steps an epoch, 1 by JAX"):
         benchmark.main(["--small", "--repeats", "1", "--part", "jax"])
-    monkeypatch.setattr(benchmark, "measure_in_jax", lambda python, configuration, seconds: None)
+    monkeypatch.setattr(benchmark, "measure_in_jax", lambda *asked: None)
     benchmark.main(["--small", "--repeats", "1", "--part", "jax"])
     assert "pip install jax" in capsys.readouterr().out.splitlines()[-1]
 

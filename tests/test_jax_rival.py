@@ -18,7 +18,7 @@ from bench import jax_rival  # noqa: E402
 S, M = 2, jax_rival.M
 EXACT = {"rtol": 0, "atol": 1e-10}
 rollouts = jax.jit(jax_rival.rollouts, static_argnames="shared")
-epoch = jax.jit(jax_rival.epoch, static_argnames="algo")
+epoch = jax.jit(jax_rival.epoch, static_argnames=("algo", "design"))
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,9 @@ def gravities(num_tasks=M):
 def test_a_rollout_follows_the_projects_cartpole(theta):
     phi = gravities()
     obs, actions, rewards = rollouts(theta, phi, run_keys(2), shared=True)  # (S, M, H, K, ...)
-    _, step = envs.cartpole(to_torch(phi)[..., None, None, None], torch.zeros(S, M, 1, 1, 4, dtype=torch.float64))
+    _, step = envs.cartpole(
+        to_torch(phi)[..., None, None, None], torch.zeros(S, M, 1, 1, 4, dtype=torch.float64), torch
+    )
     expected = step(to_torch(obs[:, :, :-1]), to_torch(actions[:, :, :-1]))[0]
     torch.testing.assert_close(to_torch(obs[:, :, 1:]), expected, **EXACT)
     assert (rewards == 1).all() and set(np.unique(actions)) == {0, 1}
@@ -116,8 +118,8 @@ def test_second_order_differs_from_first_by_more_than_the_tolerance(theta):
 def test_the_delta_step_equals_the_projects_on_the_same_trajectories(theta):
     trajectories = rollouts(theta, gravities(1), run_keys(6), shared=True)
     params = project_params(theta)
-    step = directed(lambda theta: None, jax_rival.DELTA)
-    step(params, lambda params: project_loss(params, trajectories))
+    step = directed(lambda theta, task_loss: None, jax_rival.DELTA)
+    step(params, lambda params: project_loss(params, trajectories), project_loss)
     assert_equal(params, jax_rival.medium_step(theta, trajectories))
     loss = jax.vmap(jax.vmap(jax_rival.task_loss, in_axes=(None, 0)))(theta, trajectories)
     torch.testing.assert_close(to_torch(loss), project_loss(project_params(theta), trajectories).detach(), **EXACT)
@@ -162,3 +164,11 @@ def test_runs_do_not_touch_each_other(theta):
 def test_an_unknown_algorithm_is_named():
     with pytest.raises(ValueError, match="'reptile'.*expected one of maml"):
         jax_rival.measure("reptile", 1, 0.1)
+
+
+@pytest.mark.parametrize("algo", ["maml", "directed-fomaml"])
+def test_the_plain_design_computes_what_the_tuned_one_does(theta, algo):
+    tuned, plain = (epoch(theta, run_keys(8), algo, design) for design in jax_rival.DESIGNS)
+    for ours, theirs, before in zip(*map(jax.tree.leaves, (tuned, plain, theta)), strict=True):
+        assert abs(ours - before).max() > 1e-7
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
