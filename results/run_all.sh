@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes every result of this folder: `results/run_all.sh`, or some: `results/run_all.sh cartpole-pg controls/point`.
 # `results/run_all.sh --list` prints the names of the experiments and runs nothing. Run folders go to runs/; an
-# experiment that was stopped resumes where it stopped. On two cores all of them take three hours, and LunarLander five
-# more.
+# experiment that was stopped resumes where it stopped. On two cores all of them take about five hours, and LunarLander
+# five more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 list=
