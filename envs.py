@@ -101,7 +101,7 @@ def cartpole(phi, noise, xp):
     reward = 1 + 0 * noise[..., 0]
 
     def step(state, action):
-        _, x_dot, angle, angle_dot = (state[..., i] for i in range(4))
+        x_dot, angle, angle_dot = state[..., 1], state[..., 2], state[..., 3]
         cos, sin = xp.cos(angle), xp.sin(angle)
         temp = (xp.where(action == 1, force, -force) + pole_moment * angle_dot * angle_dot * sin) / total_mass
         angle_acc = (gravity * sin - cos * temp) / (half_length * (4 / 3 - pole_mass / total_mass * cos * cos))
