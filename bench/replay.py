@@ -23,6 +23,7 @@ def replay(env, gravities, seeds, episodes, together):
 
     together: wait until all processes are about to begin. Raises RuntimeError where an episode is not the recorded one.
     """
+    env.dynamics.reset(0, gravities[:1], seeds[0])  # which makes the environment; no episode needs that again
     if together:
         barrier.wait()
     steps, seconds = 0, 0.0
