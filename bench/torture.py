@@ -1,4 +1,5 @@
-"""Tries to break run.py: kills training at random moments, runs it long, and gives it random command lines.
+"""Tries to break run.py: kills training at random moments, runs it long, gives it random command lines, and compares
+the bits of a run alone with those of the same run in a sweep.
 
 `python bench/torture.py --help`; kill and long need Linux. The suite does a little of it; this takes from minutes to an
 hour.
@@ -20,7 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoints
+import run
 from bench import fuzz
+from settings import ALGORITHMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "sample_seconds")
@@ -220,18 +223,47 @@ def report_long(cases):
             print(f"  exit code {process.returncode}; bytes: {size}")
 
 
+def random_sizes(rng):
+    """A small command of random settings and, above all, of uneven sizes."""
+    env, algo = rng.choice(("cartpole", "crossing", "point", "velocity")), rng.choice(ALGORITHMS)
+    words = ["--env", env, "--algo", algo, "--rl", rng.choice(("pg", "ac")), "--tasks", rng.choice("12357")]
+    words += ["--trajectories", rng.choice(("2", "3", "5", "10")), "--horizon", str(rng.randint(3, 60))]
+    words += ["--hidden", *rng.choice((["64", "64"], ["20", "12"], ["8", "8"], ["64"], ["5"]))]
+    words += rng.choice(([], ["--baseline", "step"], ["--baseline", "linear"], ["--advantages", "raw"]))
+    return words + rng.choice(([], ["--estimator", "dice"], ["--optimizer", "adam"]))
+
+
+def report_bits(count, seed):
+    """Random commands: what seed 2 writes alone and in a sweep of some seeds must be equal to the last bit."""
+    rng, found = random.Random(seed), []
+    for _ in range(count):
+        words, last = random_sizes(rng), rng.choice("235")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, seeds in (("alone", "2"), ("sweep", f"1-{last}")):
+                out = os.path.join(folder, name)
+                run.main([*words, "--seed", seeds, "--epochs", "2", "--workers", "1", "--quiet", "--out", out])
+            if differences(Path(folder, "alone"), Path(folder, "sweep"), "seed2"):
+                found.append(words)
+                print(f"other bits alone than with seeds 1 to {last}: {' '.join(words)}", flush=True)
+    print(f"{count} commands, {len(found)} with other bits alone than in a sweep")
+    if found:
+        raise SystemExit(1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill", "long", "fuzz"])
+    parser.add_argument("what", choices=["kill", "long", "fuzz", "bits"])
     parser.add_argument("--case", nargs="+", help="of kill and long; default: all of " + ", ".join(CASES))
     parser.add_argument("--kills", type=int, default=40, help="for each case (default 40)")
-    parser.add_argument("--count", type=int, default=3000, help="command lines of fuzz (default 3000)")
+    parser.add_argument("--count", type=int, default=3000, help="command lines of fuzz and bits (default 3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments or command lines (default 0)")
     args = parser.parse_args()
     if args.what == "kill":
         report_kills(args.case or CASES, args.kills, args.seed)
     elif args.what == "fuzz":
         fuzz.report_fuzz(args.count, args.seed)
+    elif args.what == "bits":
+        report_bits(args.count, args.seed)
     else:
         report_long(args.case or LONG)
 

@@ -1,9 +1,11 @@
-"""Some of bench/torture.py: random command lines. tests/test_checkpoints.py kills training."""
+"""Some of bench/torture.py: random command lines, and bits. tests/test_checkpoints.py kills training."""
 
 from pathlib import Path
 
+import pytest
+
 import run
-from bench import fuzz
+from bench import fuzz, torture
 from settings import ALL_SETTINGS
 
 
@@ -44,3 +46,16 @@ def test_processes_of_several_threads_train_networks_large_enough_to_use_them(tm
     words += [word for name, value in fuzz.SMALL.items() if name not in ("hidden", "workers")
               for word in (ALL_SETTINGS[name].flag, value)]  # fmt: skip
     assert start(*words, out=tmp_path).wait() == (0, [])
+
+
+def test_bits_are_compared_for_random_sizes_and_a_difference_is_found(capsys, monkeypatch):
+    torture.report_bits(count=5, seed=0)
+    assert capsys.readouterr().out.splitlines()[-1] == "5 commands, 0 with other bits alone than in a sweep"
+    train = run.main
+
+    def train_otherwise_alone(argv):
+        train([*argv, *(["--beta", "0.01"] if argv[argv.index("--seed") + 1] == "2" else [])])
+
+    monkeypatch.setattr(run, "main", train_otherwise_alone)
+    with pytest.raises(SystemExit):
+        torture.report_bits(count=1, seed=0)
