@@ -191,8 +191,10 @@ def log_probs(params, trajectories, head):
 def discounted_sums(x, discount):
     """Σ_{u ≥ t} discountᵘ⁻ᵗ x_u along the last axis of x (S, M, K, H), as one product with an (H, H) matrix instead of
     a loop."""
-    rows = padded(x, 4, 1)  # a product of fewer than four rows would have other bits
-    return (rows @ discounts(x.shape[-1], discount, x.dtype, x.device))[..., : x.shape[-2], :]
+    rows = padded(x, 4, 1)  # (S, M, K or more, H): a product of fewer than four rows has other bits
+    tasks = rows.reshape(-1, *rows.shape[-2:])
+    sums = tasks @ discounts(x.shape[-1], discount, x.dtype, x.device).expand(len(tasks), -1, -1)
+    return sums.view_as(rows)[..., : x.shape[-2], :]
 
 
 @lru_cache(maxsize=8)
