@@ -154,7 +154,7 @@ def crossing(phi, noise, xp):
     speed and 15 m the safe distance; a distance d below 3 m is a collision, which costs 10 and ends the episode.
     """
     dt, best_speed, safe_distance, collision_distance = 0.1, 10.0, 15.0, 3.0  # s, m/s, m, m
-    other_speed = phi[..., 0] + 0 * noise[..., 0]
+    (other_speed,) = same_shape(noise, phi[..., 0])
     start = constants(noise, (-1.0, 1.0), xp) * (35 + 10 * noise) / CROSSING_UNIT
 
     def step(state, action):

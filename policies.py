@@ -83,12 +83,11 @@ def forward_numpy(weights, biases):
     def forward(x):
         if not repeated or repeated[0].shape[1] != x.shape[1]:
             repeated[:] = [bias.repeat(x.shape[1], 1) for bias in biases]
-        for weight, bias in zip(weights[:-1], repeated[:-1], strict=True):
+        for weight, bias in zip(weights, repeated, strict=True):
             x = x @ weight
             x += bias
-            numpy.tanh(x, out=x)
-        x = x @ weights[-1]
-        x += repeated[-1]
+            if weight is not weights[-1]:
+                numpy.tanh(x, out=x)
         return x
 
     return forward

@@ -5,9 +5,10 @@
 prints one line of JSON. Needs jax alone (`pip install jax`; it is not in requirements.txt), nothing of this project.
 Every trajectory has its full length, as in this project's own benchmark. Held to one core unless --all-cores.
 
-Axes: S runs, M tasks, H time steps, K trajectories; time comes before trajectories, as lax.scan stacks it.
 Two designs compute the same. plain: as JAX's users write it, jax.grad through the inner step, and vmap over tasks and
 runs. tuned: as fast as we could make it on a CPU, one task after the other, the chain rule written out.
+
+Axes: S runs, M tasks, H time steps, K trajectories; time comes before trajectories, as lax.scan stacks it.
 Parameters are a list of (weight, bias) with leaves (S, ...); adapted to tasks, (S, M, ...). What concerns a single task
 is written for a single task, and batched below. Trajectories are (obs, actions, rewards): (H, K, 4), (H, K), (H, K).
 """

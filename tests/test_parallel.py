@@ -479,14 +479,14 @@ def alone(tmp_path_factory):
     return out
 
 
-def assert_same_numbers(got, expected):
+def assert_same_numbers(got, expected, rel=1e-5):
     paths = sorted(path.relative_to(expected) for path in expected.rglob("seed*/*.csv"))
     assert len(paths) == 4  # two seeds' log.csv and eval.csv
     for path in paths:
         for ours, theirs in zip(rows(got / path), rows(expected / path), strict=True):
             assert ours.keys() == theirs.keys()
             for key in ours.keys() - {"phi"}:
-                assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=1e-4)  # "": no δ-step
+                assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=rel)  # "": no δ-step
     for path in expected.rglob("checkpoint.pt"):
         states = [torch.load(p, weights_only=True) for p in (path, got / path.relative_to(expected))]
         for name, expected_value in states[0]["theta"].items():
@@ -508,7 +508,8 @@ def test_two_ranks_take_the_norm_of_their_common_gradient_and_whatever_else_a_le
     words = ["--algo", algo, "--tasks", 2, "--epochs", 2, *more]
     train(tmp_path / "alone", *COMMAND, *words)
     assert ends(start_ranks(2, tmp_path / "ranks", *words)) == ([0] * 2, [])
-    assert_same_numbers(tmp_path / "ranks", tmp_path / "alone")
+    # Sharp-MAML divides by a norm, and the KL is a small difference: 1.3e-5 was seen
+    assert_same_numbers(tmp_path / "ranks", tmp_path / "alone", rel=1e-4 if more else 1e-5)
 
 
 def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, torchrun):
