@@ -28,7 +28,7 @@ import report
 import run
 from bench.measure import Configuration, in_fresh_processes, measure, opened, opened_endless, peak_memory, time_epoch
 from harness.device import WARM_UP, Recorded
-from parallel import DeviceSampler
+from harness.sampling import DeviceSampler
 from settings import ALGORITHMS
 
 REPOSITORY = Path(run.__file__).parent
