@@ -31,13 +31,12 @@ import checkpoints
 import envs
 import learners
 import maml
-import measures
 import parallel
 import policies
-import report
 import trained
 from checkpoints import Run, RunError
 from directed import directed
+from harness import measures, report
 from settings import ALL_SETTINGS, LEARNED_ALPHA, check_memory, default_of, folder_of_all, make_env, parse, plan
 
 NOTHING = contextlib.nullcontext()
@@ -52,6 +51,8 @@ def main(argv=None):
         args = parse(argv)
         if args.watch is not None:
             return print(trained.watch(args.watch, args.phi, args.env))
+        if args.report is not None:
+            return report.rewrite(args.report)
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)

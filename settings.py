@@ -194,6 +194,8 @@ SETTINGS = {
                 "where there is a display", "runs/cartpole-pg/maml/seed1 --phi 12", Path, identity=False),
         Setting("phi", "the task to watch", "12", number(float), None, "the mean task", "+", needs=WATCH,
                 identity=False),
+        Setting("report", "train nothing: rewrite report.md, the figures and their CSV files in these folders, from "
+                "the runs in them", "runs/cartpole-pg", Path, nargs="+", identity=False),
     ],
     "running": [
         Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
@@ -325,9 +327,10 @@ def one_of(choices):
 
 def check_pairs(args, error):
     """Reject flags that conflict or have no effect: an ablation would compare identical runs."""
-    if args.watch is None and (args.env is None or args.algo is None):
+    if args.watch is None and args.report is None and (args.env is None or args.algo is None):
         error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
     excluded = [("overwrite", "resume"), ("range", "values"), ("eval_range", "eval_values")]
+    excluded += [("report", "watch"), ("report", "algo")]
     for name, other in excluded:
         if getattr(args, name) and getattr(args, other):
             error(f"{ALL_SETTINGS[name].flag}: not allowed with argument {ALL_SETTINGS[other].flag}")

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 import envs
-import report
 import run
+from harness import report
 from settings import ALL_SETTINGS, NEEDS
 
 PENDULUM = envs.Env(("g",), (5.0,), (15.0,), 200, 3, ((-2.0,), (2.0,)), 1, None)  # what right_line knows of it
@@ -53,7 +53,14 @@ HUGE = [  # more than the machine has: of bits, of memory (refused before any of
     ["--hidden", "100000", "1000000000"],
     ["--device", "cuda"],
 ]
-FOLDERS = ("out", "watch", "like", "resume", "overwrite")  # chosen by `fuzz` itself, which knows what is on the disk
+FOLDERS = (
+    "out",
+    "watch",
+    "report",
+    "like",
+    "resume",
+    "overwrite",
+)  # chosen by `fuzz` itself
 SMALL = {"tasks": "2", "trajectories": "2", "horizon": "3", "hidden": "3", "epochs": "1", "eval_steps": "1"}
 SMALL |= {"workers": "0", "inner_steps": "1"}
 

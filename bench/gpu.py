@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import envs
 import policies
-import report
 import run
 from bench.measure import (
     Configuration,
@@ -36,6 +35,7 @@ from bench.measure import (
     repeat,
     time_epoch,
 )
+from harness import report
 
 REPOSITORY = Path(__file__).parent.parent
 LIMIT = 480  # s after which no further part or row begins

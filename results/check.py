@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import report
+from harness import report
 from results import fill, steps
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ import torch
 import checkpoints
 import envs
 import maml
-import report
 import run
 from bench import measure
+from harness import report
 
 REPEATS, SEEDS = 60, range(1, 11)
 ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)

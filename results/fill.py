@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-import report
+from harness import report
 from settings import SETTINGS, shown_default
 
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.

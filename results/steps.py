@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import measures
-import report
+from harness import measures, report
 
 GRID = Path(__file__).parent / "grid"
 ENVS = ["cartpole", "crossing", "point"]

@@ -6,7 +6,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 import pytest
 import torch
 
-import report
+from harness import report
 from tests.commands import SMALL, Command
 
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs

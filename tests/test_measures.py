@@ -6,8 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-import measures
-import report
+from harness import measures, report
 
 DISTRIBUTIONS = {  # name: (samples of a shape, their median, positive)
     "normal": (lambda rng, shape: rng.normal(size=shape), 0, False),

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-import measures
-import report
+import run
+from harness import measures, report
 from tests.test_measures import logged
 
 
@@ -348,17 +348,22 @@ def test_the_tables_are_made_of_summary_csv_alone(experiment):
 
 
 def test_the_command_writes_reports_and_says_in_one_line_what_is_not_a_folder(experiment, capsys):
-    report.main([str(experiment)])
-    assert "report.md" in capsys.readouterr().out
+    run.main(["--report", str(experiment), str(experiment / "maml")])
+    assert cells(experiment, "maml") == cells(experiment / "maml", "maml")
+    assert capsys.readouterr().out.splitlines()[0] == f"wrote {experiment / 'report.md'}"
     with pytest.raises(SystemExit) as stop:
-        report.main([str(experiment / "x")])
-    assert str(stop.value) == f"report.py: {experiment / 'x'}: there is no such folder"
+        run.main(["--report", str(experiment / "x")])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert said.err == f"run.py: --report {experiment / 'x'}: there is no such folder\n"
 
 
-def test_the_command_without_a_folder_says_how_to_use_it(capsys):
+@pytest.mark.parametrize("words", [["--algo", "maml"], ["--watch", "runs/x"]])
+def test_the_command_refuses_flags_that_would_do_nothing(experiment, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        report.main([])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("usage: report.py [-h] FOLDER")
+        run.main(["--report", str(experiment), *words])
+    assert stop.value.code == 2
+    assert f"--report: not allowed with argument {words[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("phi", [("gravity (m/s²)",), ("goal x (m)", "goal y (m)")])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import report
+from harness import report
 from results import check, directions, fill, steps
 from settings import SETTINGS
 

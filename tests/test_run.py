@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import measures
 import parallel
 import policies
 import run
 import settings
 from bench.gpu import same_noise
 from checkpoints import TABLES, Run
+from harness import measures
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 

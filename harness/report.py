@@ -1,24 +1,21 @@
 """The run folders of one experiment -> report.md, its figures, and the numbers behind both: summary.csv, curves.csv.
 
-Needs numpy; figures need matplotlib. run.py writes all this after training; `python report.py FOLDER ..` rewrites it.
+Needs numpy; figures need matplotlib. run.py writes all this after training; `run.py --report FOLDER` rewrites it.
 What its numbers and intervals are: measures.py.
 """
 
-import argparse
 import csv
 import io
-import itertools
 import json
 import math
-import sys
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from checkpoints import write_atomically
-from measures import (
+from checkpoints import RunError, locked, write_atomically
+from harness.measures import (
     CRITERIA,
     EMA,
     WINDOW,
@@ -743,22 +740,12 @@ def write(root):
     return lines, left_out
 
 
-def main(arguments=None):
-    """Write the reports of these folders of runs."""
-    parser = argparse.ArgumentParser(
-        prog="report.py",
-        description="Rewrite report.md, summary.csv, curves.csv and the figures of folders from the runs in them.",
-        epilog="Example: python report.py runs/cartpole-pg",
-    )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder with runs in it, at any depth")
-    for name in parser.parse_args(arguments).folders:
-        if not Path(name).is_dir():
-            sys.exit(f"report.py: {name}: there is no such folder")
-        try:
-            print(*itertools.chain(*write(name)), sep="\n")
-        except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"report.py: {name}: {type(error).__name__}: {error}")
-
-
-if __name__ == "__main__":
-    main()
+def rewrite(folders):
+    """What --report does: rewrite the reports of these folders, and print what was written and left out."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise RunError(f"--report {folder}: there is no such folder", 2)
+    for folder in folders:
+        with locked(folder, wait=True):  # a training may end just now
+            wrote, left_out = write(folder)
+        print(*wrote, *left_out, sep="\n")
