@@ -561,8 +561,13 @@ def finish(failures, args):
     for line in sorted(failures):
         print(f"run.py: {line}", file=sys.stderr)
     root = folder_of_all(args)
-    with checkpoints.locked(root, wait=True):  # another command may end just now
-        wrote, left_out = report.write(root)
+    try:
+        with checkpoints.locked(root, wait=True):  # another command may end just now
+            wrote, left_out = report.write(root)
+    except OSError:
+        raise
+    except Exception as error:  # the training is good, whatever other runs did to the report
+        wrote, left_out = [], [f"{root}: the runs are good, but there is no report: {envs.first_line(error)}"]
     for line in left_out:
         print(f"run.py: {line}", file=sys.stderr)
     for line in [] if args.quiet else wrote:

@@ -36,6 +36,7 @@ from bench.measure import (
     time_epoch,
 )
 from harness import report
+from harness.text import markdown
 
 REPOSITORY = Path(__file__).parent.parent
 LIMIT = 480  # s after which no further part or row begins
@@ -94,7 +95,7 @@ def check_agreement(device, small, left):
             ours, expected = trained(c, device), trained(c, "cpu")
             difference = float((ours - expected).abs().max())
             rows.append({"family": name, "algorithm": algo, "largest difference in θ": f"{difference:.1e}"})
-    text = report.markdown(rows)
+    text = markdown(rows)
     if not all(float(row["largest difference in θ"]) < TOLERANCE for row in rows):  # NaN is a failure too
         raise CheckError(text)
     return text
@@ -142,9 +143,7 @@ def measure_speed(device, small, left):
         names = ["captured, epochs/s", "eager, epochs/s", "CPU, all cores, epochs/s"]
         rows.append({"runs": f"{size}", **dict(zip(names, shown, strict=True)), "peak memory, MB": f"{memory:.0f}"})
     crossover = f"from {faster[0]} runs on" if faster else "at none of these sizes"
-    return (
-        f"CartPole, MAML, every trajectory 200 steps.\n\n{report.markdown(rows)}\n\nThe device is faster {crossover}."
-    )
+    return f"CartPole, MAML, every trajectory 200 steps.\n\n{markdown(rows)}\n\nThe device is faster {crossover}."
 
 
 def train_here(dtype, out, *words):
