@@ -137,13 +137,15 @@ def first_passage(returns):
 
 
 def sustained(returns):
-    """(E,) returns -> for each epoch with WINDOW epochs from it on, the least mean of WINDOW
-    epochs from it or any later one on: it passes a threshold where all these means stay over it
-    until the end."""
+    """(E,) returns -> for each epoch with WINDOW epochs from it on, what it sustains: the least mean
+    of WINDOW epochs from it or any later one on, and at most what first passage has reached. So a
+    run is never sustained before it has converged, though a mean looks ahead.
+    """
     if len(returns) < WINDOW:
         return np.array([])
     means = np.convolve(returns, np.full(WINDOW, 1 / WINDOW), "valid")
-    return np.minimum.accumulate(means[::-1])[::-1]
+    least = np.minimum.accumulate(means[::-1])[::-1]
+    return np.minimum(least, first_passage(returns)[: len(least)])
 
 
 CRITERIA = {"convergence": first_passage, "sustained": sustained}  # by the names of their columns

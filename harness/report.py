@@ -405,10 +405,9 @@ def about_convergence(threshold, with_sustained):
     sustained = ""
     if with_sustained:
         sustained = f"""
-            "To sustained": the first epoch from which the mean over {WINDOW} epochs stays above it
-            until the end of training. That mean looks ahead, while the smoothed return lags
-            behind: a run may be sustained from an epoch before the one at which it converged. A
-            run of fewer than {WINDOW} epochs never is."""
+            "To sustained": the first epoch from which, once converged, it stays above: the mean
+            over the next {WINDOW} epochs does until the end of training. A run of fewer than
+            {WINDOW} epochs is never sustained."""
     return paragraph(f"""
         "To convergence" is the paper's first passage: the first epoch at which the mean return
         after adaptation, smoothed (EMA {EMA}), is above {threshold}; noisy learners get there

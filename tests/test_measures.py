@@ -180,6 +180,14 @@ def test_first_passage_and_sustained_by_hand():
     assert measures.spent(run, "sustained", "env_steps", [9]) == [9700]
 
 
+def test_a_run_is_not_sustained_before_it_has_converged():
+    """0 to epoch 150, then 10: the smoothed return is 0.1 · 10 = 1 at epoch 151. A mean of 100 epochs that holds 10
+    of the later ones is 1 too, and the one from epoch 61 on does."""
+    run = logged([0] * 150 + [10] * 100)
+    for criterion in measures.CRITERIA:
+        assert measures.spent(run, criterion, "epoch", [0.9]) == [151]
+
+
 def test_what_does_not_stay_over_the_threshold_until_the_end_is_not_sustained():
     """One epoch at 0 of 100 makes the last mean 9.9."""
     run = logged([10] * 299 + [0])

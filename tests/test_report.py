@@ -98,26 +98,25 @@ def test_no_table_is_wider_than_eight_columns_and_none_has_an_empty_one(experime
 
 
 def test_both_criteria_and_the_area_are_in_the_summary_and_the_tables(tmp_path):
-    """maml is over 15 from epoch 121 on, directed-maml from epoch 111 on; both for good.
+    """Both are over 15 in the first epoch, and for good maml from epoch 121 on, directed-maml from epoch 111 on.
 
     A mean of 100 epochs, n of them at 100 and the others at 10, is over 15 from n = 6 on (15.4), which is from 94
-    epochs before the jump on: 27 and 17. The means over 200 epochs are (120 · 10 + 80 · 100) / 200 and
-    (110 · 10 + 90 · 100) / 200."""
+    epochs before the jump on: 27 and 17. The means over 200 epochs are (119 · 10 + 81 · 100) / 200 and
+    (109 · 10 + 91 · 100) / 200."""
     for seed in (1, 2):
-        write_run(tmp_path / "a" / f"seed{seed}", "maml", [10.0] * 120 + [100.0] * 80)
-        write_run(tmp_path / "b" / f"seed{seed}", "directed-maml", [10.0] * 110 + [100.0] * 90)
+        write_run(tmp_path / "a" / f"seed{seed}", "maml", [100.0] + [10.0] * 119 + [100.0] * 80)
+        write_run(tmp_path / "b" / f"seed{seed}", "directed-maml", [100.0] + [10.0] * 109 + [100.0] * 90)
     report.write(tmp_path)
     maml, directed = cells(tmp_path, "maml"), cells(tmp_path, "directed-maml")
-    assert maml["epochs to convergence"] == "121 [121, 121]"
-    assert directed["epochs to convergence"] == "111 [111, 111]"
+    assert maml["epochs to convergence"] == directed["epochs to convergence"] == "1 [1, 1]"
     assert maml["sustained"] == "2/2" and maml["epochs to sustained"] == "27 [27, 27]"
     assert directed["env steps to sustained"] == "1.7k [1.7k, 1.7k]"
-    assert maml["area"] == "46 [46, 46]" and directed["area"] == "50.5 [50.5, 50.5]"
+    assert maml["area"] == "46.45 [46.45, 46.45]" and directed["area"] == "50.95 [50.95, 50.95]"
     sustained = directed["speed-up by δ: epochs; steps; s, sustained"]
     assert sustained == "1.59× [1.59, 1.59]; 1.59× [1.59, 1.59]; 1.59× [1.59, 1.59]"  # 27/17
     assert directed["P(fewer epochs by δ, sustained)"].startswith("1.00 [")
     text = " ".join((tmp_path / "report.md").read_text().split())
-    assert "mean over 100 epochs" in text and "may be sustained from an epoch before" in text
+    assert "once converged, it stays above: the mean over the next 100 epochs" in text
 
 
 def test_an_old_summary_shows_dashes_and_compares_the_lines_of_one_command(experiment):
