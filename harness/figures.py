@@ -126,8 +126,8 @@ def draw(labels, root):
     try:
         import matplotlib
     except ImportError:
-        remedy = "pip install matplotlib, then the same with --resume"
-        return [f"no figures: matplotlib is not installed ({remedy})"]
+        remedy = f"pip install matplotlib, then python run.py --report {root}"
+        return [printable(f"no figures: matplotlib is not installed ({remedy})")]
     matplotlib.use("agg")
     matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     import matplotlib.pyplot as plt
