@@ -22,11 +22,16 @@ from settings import ALL_SETTINGS, UNDIRECTED, default_of
 
 KNOWN = UNDIRECTED  # the learners, in the order of the lines and of their colours
 
-# What must be equal within a line: all that makes a run that run, but the seed. And the threshold, from which
-# convergence is counted.
-COMPARED = [
-    x for x in ALL_SETTINGS.values() if (x.identity or x.name == "threshold") and x.name not in ("seed", "algo")
-]
+
+def is_compared(setting):
+    """Whether the runs of a line have the same: all that makes a run that run, but the seed; and the
+    threshold, from which convergence is counted."""
+    if setting.name in ("algo", "seed"):  # the algorithm, too, has a place of its own
+        return False
+    return setting.identity or setting.name == "threshold"
+
+
+COMPARED = [setting for setting in ALL_SETTINGS.values() if is_compared(setting)]
 # All that a directed run and its counterpart differ in, besides the algorithm.
 DELTA_STEP = {x.name for x in COMPARED if x.needs == ALL_SETTINGS["delta"].needs}
 
@@ -193,7 +198,7 @@ def without_delta_step(run):
 
 def values_of(key, labels):
     """All values of a setting, as text; "" where it is not given."""
-    values = dict.fromkeys(run.config[key] for runs in labels.values() for run in runs)
+    values = dict.fromkeys(run.config.get(key) for runs in labels.values() for run in runs)
     return " or ".join(setting_text(value) for value in values if value is not None)
 
 

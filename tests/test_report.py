@@ -169,6 +169,15 @@ def test_each_directed_line_is_compared_with_its_own_counterpart_and_others_with
     assert cells(tmp_path, "directed-maml, α = 3")[SPEED_UP] == cells(tmp_path, "maml, α = 1")[SPEED_UP] == "–"
 
 
+def test_a_run_without_a_threshold_never_converges(tmp_path):
+    write_run(tmp_path / "seed1", "maml", [10.0, 100.0])
+    path = tmp_path / "seed1/config.json"
+    path.write_text(path.read_text().replace('"threshold": 15.0', '"another": 1'))
+    report.write(tmp_path)
+    assert cells(tmp_path, "maml")["epochs to convergence"] == "never"
+    assert "is above a threshold, here not given;" in (tmp_path / "report.md").read_text()
+
+
 def test_failed_runs_are_counted_and_not_dropped(experiment):
     write_run(experiment / "maml" / "seed4", "maml", [10.0, 100.0, 100.0], failed=True)
     report.write(experiment)
