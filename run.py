@@ -31,12 +31,11 @@ import envs
 import learners
 import maml
 import policies
-import report
 import trained
 from checkpoints import Run, RunError
 from directed import directed
 from envs import EVALUATION, INIT, MEDIUM, TASKS
-from harness import processes
+from harness import processes, report
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
 from harness.log import Rows, fetched, log_epoch, measure
@@ -56,6 +55,8 @@ def main(argv=None):
         args = parse(argv)
         if args.watch is not None:
             return print(trained.watch(args.watch, args.phi, args.env))
+        if args.report is not None:
+            return report.rewrite(args.report)
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
@@ -446,8 +447,13 @@ def finish(failures, args):
     for line in sorted(failures):
         print(f"run.py: {line}", file=sys.stderr)
     root = folder_of_all(args)
-    with checkpoints.locked(root, wait=True):  # another command may end just now
-        wrote, left_out = report.write(root)
+    try:
+        with checkpoints.locked(root, wait=True):  # another command may end just now
+            wrote, left_out = report.write(root)
+    except OSError:
+        raise
+    except Exception as error:  # the training is good, whatever other runs did to the report
+        wrote, left_out = [], [f"{root}: the runs are good, but there is no report: {envs.first_line(error)}"]
     for line in left_out:
         print(f"run.py: {line}", file=sys.stderr)
     for line in [] if args.quiet else wrote:

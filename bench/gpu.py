@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
 import envs
-import report
 import run
 from bench.measure import Configuration, in_fresh_processes, measure, opened, opened_endless, peak_memory, time_epoch
+from harness import report
 from harness.device import WARM_UP, Recorded
 from harness.sampling import DeviceSampler
 from settings import ALGORITHMS

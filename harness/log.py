@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 
 import checkpoints
-import measures
+from harness import measures
 
 SECONDS = 1  # between two writes: opening the files of 256 runs takes longer than their epoch
 

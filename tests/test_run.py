@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import measures
 import policies
 import run
 import settings
 from checkpoints import TABLES, Run
-from harness import optimizers
+from harness import measures, optimizers
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 
