@@ -193,7 +193,7 @@ class TaskLoss:
         if pooled:
             self.num_trajectories //= len(self.tasks)
         options = {key: batch.settings[key] for key in policies.OPTIONS}
-        self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
+        self.loss = partial(policies.loss, head=batch.head, **options)
         self.returns, self.env_steps, self.finite = [], 0, True
 
     def __call__(self, params):
@@ -229,7 +229,7 @@ class ReplayedLoss(TaskLoss):
     def __init__(self, batch, purpose, phi, own):
         super().__init__(batch, purpose, phi, own)
         options = {key: batch.settings[key] for key in policies.OPTIONS if key != "estimator"}
-        self.as_drawn = partial(policies.as_drawn, head=batch.head, rl=batch.settings["rl"], **options)
+        self.as_drawn = partial(policies.as_drawn, head=batch.head, **options)
         self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
         self.drawn, self.replays = [], None
 
@@ -419,7 +419,7 @@ def first_state(settings, env):
     def uniform(*shape):
         return torch.from_numpy(envs.uniform(stream, next(calls), range(1), shape))
 
-    head, critic = policies.make_head(env.actions), settings["rl"] == "ac"
+    head, critic = policies.make_head(env.actions), settings["rl"] in policies.CRITIC
     theta = policies.init(env.obs_dim, head, uniform, settings["hidden"], critic)
     alpha = {}
     if settings["algo"].endswith(LEARNED_ALPHA):

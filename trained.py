@@ -137,7 +137,7 @@ class Policy:
 
     def loss(self, params, trajectories):
         options = {key: self.settings[key] for key in policies.OPTIONS}
-        return policies.LOSSES[self.settings["rl"]](params, trajectories, head=self.head, **options)
+        return policies.loss(params, trajectories, head=self.head, **options)
 
     def trajectories(self, episodes):
         """[(observations, actions, rewards), ..] -> the dict that policies.py describes, S = M = 1."""

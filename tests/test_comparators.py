@@ -94,7 +94,7 @@ def test_joint_training_takes_one_rollout_an_epoch_and_the_summed_gradient_of_th
     gradient = dict.fromkeys(start, 0.0)
     for i in range(2):
         task = {key: x[:, i : i + 1] for key, x in trajectories.items()}
-        loss = policies.pg(start, task, head, 0.99, "lvc", "step")
+        loss = policies.loss(start, task, head, "pg", 0.99, "lvc", "step")
         for (name, _), g in zip(start.items(), torch.autograd.grad(loss.sum(), list(start.values())), strict=True):
             gradient[name] = gradient[name] + g
     for name, p in theta(joint).items():
@@ -208,7 +208,7 @@ def test_the_pooled_medium_task_costs_k_trajectories_and_is_the_mean_over_the_ta
         own = {key: x[:, i : i + 1] for key, x in noise.items()}
         parts.append(rollout_of(env, head, start, phi[:, i : i + 1], own))
     together = {key: torch.cat([part[key] for part in parts], 2) for key in parts[0]}  # (1, 1, K, ...)
-    loss = policies.pg(start, together, head, 0.99, "lvc", "step")
+    loss = policies.loss(start, together, head, "pg", 0.99, "lvc", "step")
     gradients = torch.autograd.grad(loss.sum(), list(start.values()))
     for (name, p), g in zip(start.items(), gradients, strict=True):
         torch.testing.assert_close(theta(folder)[name], p.detach() - g, rtol=1e-5, atol=1e-5)

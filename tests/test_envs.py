@@ -199,7 +199,7 @@ def test_one_gradient_step_on_a_crossing_learns_for_that_crossing_more_than_for_
         detached = {key: p.detach() for key, p in params.items()}
         batch = rollout(env, policies.actor(detached, head, torch), phi, noise_of(env, [0], 1, 2, 500))
         returns.append(batch["rewards"].sum(-1).mean(-1)[0])
-        return policies.pg(params, batch, head, 0.99, "dice", "step")
+        return policies.loss(params, batch, head, "pg", 0.99, "dice", "step")
 
     adapted = maml.adapt(maml.expand(theta, 2), task_loss, 0.01, second_order=False)
     task_loss(adapted)

@@ -181,14 +181,14 @@ def test_ac_bootstraps_truncated_episodes_and_not_terminated_ones(terminated):
     logs = policies.log_probs(params, batch, head)
     value_loss = 0.5 * (advantages**2).sum((2, 3)) / mask.sum((2, 3))  # (V − (V + A))²
     expected = surrogate(logs, whiten(advantages, mask), mask, "lvc") + value_loss
-    torch.testing.assert_close(policies.ac(params, batch, head, gamma, "lvc", gae_lambda=gae_lambda), expected)
+    torch.testing.assert_close(policies.loss(params, batch, head, "ac", gamma, "lvc", gae_lambda=gae_lambda), expected)
 
 
 def test_pg_is_the_formula_written_as_loops():
     head = Categorical(3)
     theta, params, batch = example(head)
     logs, mask = policies.log_probs(params, batch, head), batch["mask"]
-    got = policies.pg(params, batch, head, 0.9, "naive")
+    got = policies.loss(params, batch, head, "pg", 0.9, "naive")
     for s, i in itertools.product(range(S), range(M)):
         to_go = {}
         for k in range(K):
@@ -218,7 +218,7 @@ def test_padding_contributes_exactly_zero_to_loss_and_gradients(name, estimator,
         padded["rewards"] = batch["rewards"] + garbage * behind
         if name == "gaussian":
             padded["actions"] = batch["actions"] + garbage * behind.unsqueeze(-1)
-        loss = LOSSES[rl](params, padded, head, 0.9, estimator, gae_lambda=0.8)
+        loss = policies.loss(params, padded, head, rl, 0.9, estimator, gae_lambda=0.8)
         results.append([loss, *torch.autograd.grad(loss.sum(), list(theta.values()))])
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty) and clean.isfinite().all()
@@ -230,7 +230,7 @@ def test_a_longer_padding_changes_nothing(rl):
     longer = dict(batch)
     for key in ("obs", "actions", "rewards", "mask"):
         longer[key] = torch.cat([batch[key], torch.zeros_like(batch[key])], 3)
-    losses = [LOSSES[rl](params, b, HEADS["categorical"], 0.9, "dice", gae_lambda=0.8) for b in (batch, longer)]
+    losses = [policies.loss(params, b, HEADS["categorical"], rl, 0.9, "dice", gae_lambda=0.8) for b in (batch, longer)]
     torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
 
 
@@ -238,11 +238,11 @@ def test_a_longer_padding_changes_nothing(rl):
 def test_runs_and_tasks_do_not_touch_each_other(rl):
     head = HEADS["gaussian"]
     theta, params, batch = example(head)
-    loss = LOSSES[rl](params, batch, head, 0.9, "lvc", gae_lambda=0.8)
+    loss = policies.loss(params, batch, head, rl, 0.9, "lvc", gae_lambda=0.8)
     for s, i in itertools.product(range(S), range(M)):
         one = {key: x[s : s + 1, i : i + 1] for key, x in batch.items()}
-        alone = LOSSES[rl](
-            {key: p[s : s + 1, i : i + 1] for key, p in params.items()}, one, head, 0.9, "lvc", gae_lambda=0.8
+        alone = policies.loss(
+            {key: p[s : s + 1, i : i + 1] for key, p in params.items()}, one, head, rl, 0.9, "lvc", gae_lambda=0.8
         )
         torch.testing.assert_close(loss[s, i], alone[0, 0], rtol=1e-12, atol=1e-12)
 
@@ -252,7 +252,7 @@ def test_estimators_share_loss_gradient_exactly(rl):
     theta, params, batch = example(HEADS["categorical"], critic=rl == "ac")
     grads = [
         torch.autograd.grad(
-            LOSSES[rl](params, batch, HEADS["categorical"], 0.9, e, gae_lambda=0.8).sum(), list(theta.values())
+            policies.loss(params, batch, HEADS["categorical"], rl, 0.9, e, gae_lambda=0.8).sum(), list(theta.values())
         )
         for e in ESTIMATORS
     ]
@@ -423,7 +423,9 @@ def tabular(mdp):
     def task_loss(estimator):
         def loss(params):  # of one task: (1, 1)
             all_paths = {name: p.expand(1, len(states), *p.shape[2:]) for name, p in params.items()}
-            losses = policies.pg(all_paths, trajectories, Categorical(ACTIONS), GAMMA, estimator, advantages="raw")
+            losses = policies.loss(
+                all_paths, trajectories, Categorical(ACTIONS), "pg", GAMMA, estimator, advantages="raw"
+            )
             weight = (params["policy.0.weight"] + params["policy.0.bias"])[0, 0].detach()
             return (probabilities(weight) * losses).sum(1, keepdim=True)
 
@@ -475,7 +477,9 @@ def test_raw_advantages_of_the_actor_critic_are_discounted_gae():
                 theta[name].zero_()
     actor = [p for name, p in theta.items() if name.startswith("policy")]
     grads = [
-        torch.autograd.grad(LOSSES[rl](params, batch, head, 0.9, "lvc", gae_lambda=1.0, advantages="raw").sum(), actor)
+        torch.autograd.grad(
+            policies.loss(params, batch, head, rl, 0.9, "lvc", gae_lambda=1.0, advantages="raw").sum(), actor
+        )
         for rl in LOSSES
     ]
     for by_pg, by_ac in zip(*grads, strict=True):
