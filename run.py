@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import checkpoints
 import envs
-import learners
 import maml
 import measures
 import parallel
@@ -38,11 +37,19 @@ import report
 import trained
 from checkpoints import Run, RunError
 from directed import directed
-from settings import ALL_SETTINGS, LEARNED_ALPHA, check_memory, default_of, folder_of_all, make_env, parse, plan
+from harness.settings import (
+    ALL_SETTINGS,
+    check_memory,
+    default_of,
+    folder_of_all,
+    learner_of,
+    make_env,
+    parse,
+    plan,
+)
 
 NOTHING = contextlib.nullcontext()
 INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
-BASES = maml.META_LEARNERS | {"imaml": learners.imaml}  # to which sharp- and directed- are put
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
 
@@ -331,7 +338,8 @@ def evaluate(batch):
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
-        objective = task_loss if batch.lambda_ is None else learners.proximal(task_loss, theta, batch.lambda_)
+        proximal = batch.learner.proximal
+        objective = maml.proximal(task_loss, theta, batch.own["lambda_"]) if proximal else task_loss
         adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
@@ -368,9 +376,8 @@ class Batch:
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
         sizes = {
             name: torch.tensor([run.settings[name] or 0.0 for run in runs], dtype=torch.float64, device=device)
-            for name in ("alpha", "beta", "beta_alpha", "eval_alpha", "lambda_")
+            for name in ("alpha", "beta", "beta_alpha", "eval_alpha")
         }
-        self.lambda_ = None if self.settings["lambda_"] is None else sizes["lambda_"][:, None]
         self.alpha = learned_alpha or sizes["alpha"][:, None]  # (S, 1), or (S, 1, ...) each
         self.eval_alpha = (
             learned_alpha or torch.where(sizes["eval_alpha"] > 0, sizes["eval_alpha"], sizes["alpha"])[:, None]
@@ -380,7 +387,9 @@ class Batch:
         self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
         for i, tensors in stacked["optimizer"].items():
             self.optimizer.state[self.learned[i]].update(tensors)
-        self.calls = self.settings["inner_steps"] + 1 + self.settings["algo"].endswith("imaml")  # up to a query's
+        self.learner = learner_of(self.settings["algo"])
+        self.own = {name: self.own_setting(name) for name in self.learner.settings}
+        self.calls = self.settings["inner_steps"] + self.learner.losses_after  # up to a query's
         self.meta_learner = self.undirected = self.make_meta_learner()
         if self.settings["delta"] is not None:
             self.delta = torch.zeros(len(runs), dtype=torch.float64)  # set before every epoch
@@ -388,22 +397,25 @@ class Batch:
 
     def make_meta_learner(self):
         """The one that --algo names, without the δ-step."""
-        settings, base = self.settings, self.settings["algo"].removeprefix("directed-")
-        meta_learner = partial(BASES[base.removeprefix("sharp-")], inner_steps=settings["inner_steps"])
-        if base == "imaml":
-            meta_learner = partial(meta_learner, lambda_=self.lambda_, cg_steps=settings["cg_steps"])
+        settings = self.settings
+        meta_learner = partial(self.learner.function, inner_steps=settings["inner_steps"])
         if settings["kl_penalty"]:
             meta_learner = penalised(meta_learner, settings["kl_penalty"])
-        meta_learner = self.ranks.share(meta_learner, self.learned, average=base == "reptile")
-        return learners.sharp(meta_learner, settings["rho"]) if base.startswith("sharp-") else meta_learner
+        meta_learner = self.ranks.share(meta_learner, self.learned, self.learner.averages)
+        return maml.sharp(meta_learner, settings["rho"]) if self.learner.sharp else meta_learner
+
+    def own_setting(self, name):
+        """A setting of this learner alone: a word or whole number, which is the same in all runs, or (S, 1)."""
+        values = [run.settings[name] for run in self.runs]
+        if not isinstance(values[0], float):
+            return values[0]
+        return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None]
 
     def switches(self):
-        """What the meta-learner takes besides, in this epoch: MAML++'s order and weights of the inner steps."""
-        settings = self.settings
-        if settings["first_order_epochs"] is None:
-            return {}
-        weights = maml.multi_step_weights(settings["inner_steps"], self.epoch, settings["multi_step_epochs"])
-        return {"second_order": self.epoch >= settings["first_order_epochs"], "step_weights": weights}
+        """What the meta-learner takes besides, in this epoch, e.g. MAML++'s order and weights of the inner steps."""
+        if self.learner.each_epoch is None:
+            return self.own
+        return self.learner.each_epoch(self.settings, self.epoch)
 
     def only(self, kept):
         """The batch of those runs alone for which `kept` holds; None where there are none."""
@@ -450,9 +462,9 @@ def first_state(settings, env):
     theta = policies.init(
         env.obs_dim, policies.make_head(env.actions), rng, settings["hidden"], critic=settings["rl"] == "ac"
     )
-    alpha = {}
-    if settings["algo"].endswith(LEARNED_ALPHA):
-        steps = settings["inner_steps"] if settings["algo"].endswith("maml++") else None
+    learner, alpha = learner_of(settings["algo"]), {}
+    if learner.learns_alpha:
+        steps = settings["inner_steps"] if learner.alpha_by_step else None
         alpha = maml.learned_alpha(theta, settings["alpha"], steps)
     optimizer = {}
     if settings["optimizer"] == "adam":

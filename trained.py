@@ -20,11 +20,11 @@ import torch
 
 import checkpoints
 import envs
-import learners
 import maml
 import parallel
 import policies
 from checkpoints import RunError
+from harness.settings import learner_of
 
 WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
 
@@ -117,8 +117,8 @@ class Policy:
             steps = len(episodes)
         theta = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
         objective = lambda params: self.loss(params, draw(params))  # noqa: E731
-        if self.settings.get("lambda_") is not None:
-            objective = learners.proximal(objective, theta, self.settings["lambda_"])  # iMAML
+        if learner_of(self.settings["algo"]).proximal:
+            objective = maml.proximal(objective, theta, self.settings["lambda_"])
         adapted = maml.adapt(theta, objective, self.alpha, steps, second_order=False)
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 

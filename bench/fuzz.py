@@ -24,7 +24,7 @@ from tqdm import tqdm
 import envs
 import report
 import run
-from settings import ALL_SETTINGS, NEEDS
+from harness.settings import ALL_SETTINGS, applies, learner_of
 
 PENDULUM = envs.Env(("g",), (5.0,), (15.0,), 200, 3, ((-2.0,), (2.0,)), 1, None)  # what right_line knows of it
 # All small, since what is accepted is trained. Those that a setting's type accepts are right for it, others wrong.
@@ -77,8 +77,8 @@ def right_values(setting, rng, env):
         return []
     if setting.name == "device":
         return [rng.choice(["auto", "cpu"])]
-    if setting.choices:
-        return rng.sample(setting.choices, rng.randint(1, 2) if setting.nargs else 1)
+    if setting.words:
+        return rng.sample(setting.words, rng.randint(1, 2) if setting.nargs else 1)
     if setting.name in ("range", "eval_range"):
         return [str(x) for low, high in zip(env.low, env.high, strict=True) for x in (low, rng.choice([low, high]))]
     if setting.name in ("values", "eval_values"):
@@ -111,8 +111,8 @@ def right_line(rng):
             line.pop(other, None)
     if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
         line["inner_steps"] = ["1"]
-    inner = ("meta-sgd", "maml++", "reptile", "imaml")
-    if any(algo.endswith(inner) for algo in line["algo"]) and "0" in line.get("alpha", []):
+    needs_steps = not all(learner_of(algo).joint_training for algo in line["algo"])
+    if needs_steps and "0" in line.get("alpha", []):
         line["alpha"] = ["1"]  # α = 0 is joint training too
     if line["trajectories"] == ["1"]:  # too few for most baselines
         line["trajectories"] = ["2"]
@@ -123,8 +123,7 @@ def right_line(rng):
     args.outer_steps = int(line.get("outer_steps", ["1"])[0])
     args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
     for setting in chosen:  # a flag that does nothing is an error
-        needed = NEEDS.get(setting.needs)
-        if needed and not any(needed(args, algo) for algo in line["algo"]):
+        if not any(applies(setting, args, algo) for algo in line["algo"]):
             line.pop(setting.name, None)
     if line.get("delta_schedule") == ["converged"] and env is PENDULUM:
         line.setdefault("threshold", ["1"])

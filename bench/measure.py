@@ -18,7 +18,7 @@ import parallel
 import policies
 import run
 from bench import reference
-from settings import make_env, parse
+from harness.settings import make_env, parse
 
 WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time
 

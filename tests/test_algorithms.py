@@ -1,15 +1,12 @@
 """What iMAML, MAML++ and Sharp-MAML need of run.py: schedules, settings, checkpoints, evaluation, the loaded run."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 import checkpoints
-import run
 import trained
-from settings import make_env, parse, plan
+from harness.settings import make_env, parse, plan
 from tests.commands import refused, rows, train
 
 STILL = ["--beta", 1e-30]  # θ stays where it began
@@ -22,48 +19,6 @@ def state(folder):
 def planned(algo, *words):
     args = parse(["--env", "cartpole", "--algo", algo, *map(str, words)])
     return [settings for _, settings in plan(args, algo, make_env(args))]
-
-
-# --- a run is the same however it is run ---
-
-
-@pytest.mark.parametrize(
-    ("algo", "words"),
-    [
-        ("directed-imaml", []),
-        ("directed-maml++", ["--first-order-epochs", 1, "--multi-step-epochs", 2]),  # both change while it is stopped
-        ("directed-sharp-maml", ["--rho", 0.5]),
-        ("sharp-fomaml", ["--optimizer", "sgd"]),
-    ],
-)
-def test_every_bit_is_the_same_alone_and_in_a_sweep_and_after_resuming(tmp_path, algo, words):
-    words = ["--optimizer", "adam", "--eval-steps", 3, *words]
-    train(tmp_path / "alone", "--seed", 2, "--alpha", 0.1, *words, algo=algo, epochs=3)
-    sweep = ["--seed", 1, 2, "--alpha", 0.001, 0.1, *words]
-    train(tmp_path / "sweep", *sweep, algo=algo, epochs=1)
-    train(tmp_path / "sweep", *sweep, "--resume", algo=algo, epochs=3)
-    delta = "delta0.005/" if algo.startswith("directed") else ""
-    alone = tmp_path / f"alone/cartpole-pg/{algo}/{delta}seed2"
-    together = tmp_path / f"sweep/cartpole-pg/{algo}/alpha0.1/{delta}seed2"
-    assert rows(alone / "log.csv") == rows(together / "log.csv")
-    at_the_end = [[row for row in rows(x / "eval.csv") if row["epoch"] == "3"] for x in (alone, together)]
-    assert at_the_end[0] == at_the_end[1] and len(at_the_end[0]) == 10 * 4  # tasks; 0 to 3 inner steps
-    for part in ("theta", "alpha"):
-        ours, theirs = state(alone)[part], state(together)[part]
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.mark.filterwarnings("error")  # which would be more lines
-@pytest.mark.parametrize("algo", ["directed-imaml", "directed-maml++", "directed-sharp-maml"])
-def test_a_run_that_explodes_fails_alone(tmp_path, capsys, algo):
-    """δ is beyond float32 in one of two runs."""
-    train(tmp_path / "alone", "--delta", 0.005, algo=algo, epochs=2)
-    with pytest.raises(SystemExit) as stop:
-        train(tmp_path / "both", "--delta", 0.005, 1e39, algo=algo, epochs=2)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "delta1e+39/seed1: a loss or parameter is not" in error
-    logs = [rows(tmp_path / x / "cartpole-pg" / algo / "delta0.005/seed1/log.csv") for x in ("alone", "both")]
-    assert logs[0] == logs[1]
 
 
 # --- settings ---
@@ -98,22 +53,6 @@ def test_flags_that_have_no_effect_are_refused(tmp_path, capsys, algo, words, sa
 def test_a_run_that_began_with_another_lambda_names_the_flag(tmp_path, capsys):
     train(tmp_path, algo="imaml", epochs=1)
     assert "give --lambda as before" in refused(capsys, tmp_path, "--resume", "--lambda", 2, algo="imaml")
-
-
-def test_maml_plus_plus_is_of_first_order_at_first_and_weighs_its_inner_steps_ever_less():
-    """With N = 4 steps and E = 10 epochs the first three weights are (1 − epoch/E)/N each, and all sum up to 1."""
-    settings = {"first_order_epochs": 5, "multi_step_epochs": 10, "inner_steps": 4}
-    for epoch, second_order, early in (
-        (0, False, 1 / 4),
-        (4, False, 0.15),
-        (5, True, 1 / 8),
-        (10, True, 0),
-        (11, True, 0),
-    ):
-        switches = run.Batch.switches(SimpleNamespace(settings=settings, epoch=epoch))
-        assert switches["second_order"] is second_order
-        assert switches["step_weights"] == pytest.approx([early] * 3 + [1 - 3 * early])
-    assert run.Batch.switches(SimpleNamespace(settings={"first_order_epochs": None})) == {}
 
 
 def test_maml_plus_plus_learns_an_alpha_for_each_inner_step(tmp_path):

@@ -11,7 +11,7 @@ import parallel
 import policies
 import run
 from bench import benchmark, measure, reference
-from settings import parse
+from harness.settings import parse
 
 
 def tables(text):

@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 
 import report
 import run
-import settings
+from harness import settings
 from maml import maml
 from tests.commands import REPOSITORY, SMALL
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import report
+from harness.settings import SETTINGS
 from results import check, directions, fill, steps
-from settings import SETTINGS
 
 RUN_ALL = Path(check.__file__).parent / "run_all.sh"
 

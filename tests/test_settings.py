@@ -6,7 +6,7 @@ import pytest
 
 import run
 from checkpoints import RunError
-from settings import ALL_SETTINGS, SETTINGS, make_env, parse, plan
+from harness.settings import ALL_SETTINGS, SETTINGS, make_env, parse, plan
 from tests.commands import train
 
 
@@ -24,7 +24,7 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
         entries = [" ".join(entry.split()) for entry in ("\n" + groups[title]).split("\n  --")[1:]]
         assert [entry.split()[0] for entry in entries] == [setting.flag.removeprefix("--") for setting in settings]
         for setting, entry in zip(settings, entries, strict=True):
-            assert setting.help in entry
+            assert setting.text in entry
             assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
             always_given = setting.name in ("env", "algo", "param", "values", "watch", "like") or setting.type is bool
             assert ("(default " in entry) != always_given, entry
@@ -84,8 +84,3 @@ def test_like_of_an_older_run_or_of_none_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunError, match="name the folder of a run"):
         parse(["--like", str(tmp_path)])
-
-
-def test_a_range_of_seeds():
-    args = parse(["--env", "point", "--algo", "maml", "--seed", "1-3", "7"])
-    assert args.seed == [1, 2, 3, 7]

@@ -1,7 +1,7 @@
-"""Settings: the one table of flags, and how a command line becomes the task family and the settings of each run.
+"""Settings: the one table of flags, and how a command line becomes the task family and each run's settings.
 
-A new flag is one row of `SETTINGS`. The parser, --help, the checks, config.json, what a checkpoint is checked with and
-the README's table of flags come from it.
+A new flag is one row of `SETTINGS`. The parser, --help, the checks, config.json, what a checkpoint is
+checked with and the README's table of flags come from it.
 """
 
 import argparse
@@ -25,22 +25,38 @@ from checkpoints import RunError
 
 @dataclass(frozen=True)
 class Setting:
-    """A flag of the command line. needs: what it does nothing without, a key of NEEDS."""
+    """A flag of the command line."""
 
     name: str
-    help: str
+    help: str  # {choices} stands for what it may be
     example: str = ""
     type: Callable = str  # of one value; bool: a switch
-    default: object = None  # where neither envs.ENVS nor ALGORITHM_DEFAULTS has another
+    default: object = None  # where neither envs.ENVS nor maml.LEARNERS has another
     shown: str = ""  # the default in words, where it is no value
     nargs: str | None = None
-    choices: tuple = ()
-    needs: str = ""
+    choices: tuple | Callable = ()  # the words it takes, or a function of them, for a table that grows
+    needs: "Need | None" = None  # what it does nothing without
     identity: bool = True  # part of what makes a run that run: it cannot change on --resume
 
     @property
     def flag(self):
         return checkpoints.flag_of(self.name)
+
+    @property
+    def words(self):
+        return tuple(self.choices() if callable(self.choices) else self.choices)
+
+    @property
+    def text(self):
+        return self.help.replace("{choices}", ", ".join(self.words))
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a flag does nothing without, in words. holds: (args, algo) -> whether it is there."""
+
+    words: str
+    holds: Callable
 
 
 def wrong(text, expected):
@@ -78,31 +94,60 @@ def seeds(text):
     return all_of_them
 
 
+# --- algorithms: the learners of maml.py, each with and without the δ-step ---
+
+
+def algorithms():
+    return (*maml.LEARNERS, *("directed-" + name for name in maml.LEARNERS))
+
+
+def is_directed(algo):
+    return algo.startswith("directed-")
+
+
+def learner_of(algo):
+    """The algorithm's row of maml.LEARNERS."""
+    return maml.LEARNERS[algo.removeprefix("directed-")]
+
+
+def owner_of(name):
+    """The need of a setting that is some learners' own: one of those."""
+    owners = [algo for algo in algorithms() if name in learner_of(algo).settings]
+    return Need(
+        f"the algorithm {' or '.join(owners)}",
+        lambda args, algo: name in learner_of(algo).settings,
+    )
+
+
+DIRECTED = Need(
+    "an algorithm that begins with directed-",
+    lambda args, algo: is_directed(algo),
+)
+LEARNED_ALPHA = Need(
+    "an algorithm whose α is learned",
+    lambda args, algo: learner_of(algo).learns_alpha,
+)
+FIXED_ALPHA = Need(
+    "an algorithm whose α is not learned",
+    lambda args, algo: not learner_of(algo).learns_alpha,
+)
+SHARP = Need(
+    "an algorithm with sharp- in its name",
+    lambda args, algo: learner_of(algo).sharp,
+)
+ADAPTING = Need("--inner-steps 1 or more", lambda args, algo: args.inner_steps != 0)
+ACTOR_CRITIC = Need("--rl ac", lambda args, algo: args.rl == "ac")
+WHITENED = Need("--advantages whitened", lambda args, algo: args.advantages != "raw")
+WATCH = Need("--watch RUN", lambda args, algo: args.watch is not None)
+REPLAYING = Need(
+    "--outer-steps 2 or more, and a learner other than reptile",
+    lambda args, algo: (args.outer_steps or 1) > 1 and learner_of(algo).losses_after > 0,
+)
+
+# --- the table ---
+
 OPTIMIZERS = ("sgd", "adam")
-UNDIRECTED = (*maml.META_LEARNERS, "imaml", "sharp-maml", "sharp-fomaml")
-ALGORITHMS = (*UNDIRECTED, *("directed-" + name for name in UNDIRECTED))
-LEARNED_ALPHA = ("meta-sgd", "maml++")  # these, with and without the δ-step, learn α
-# Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
-# MAML++ is about several inner steps: with one it is Meta-SGD.
-ALGORITHM_DEFAULTS = {"reptile": {"beta": 1.0, "inner_steps": 5}, "maml++": {"inner_steps": 2}}
-NEEDS = {
-    "an algorithm that begins with directed-": lambda args, algo: algo.startswith("directed-"),
-    "an algorithm whose α is learned": lambda args, algo: algo.endswith(LEARNED_ALPHA),
-    "--rl ac": lambda args, algo: args.rl == "ac",
-    "--watch RUN": lambda args, algo: args.watch is not None,
-    "--advantages whitened": lambda args, algo: args.advantages != "raw",
-    "--inner-steps 1 or more": lambda args, algo: args.inner_steps != 0,
-    "an algorithm whose α is not learned": lambda args, algo: not algo.endswith(LEARNED_ALPHA),
-    "the algorithm imaml or directed-imaml": lambda args, algo: algo.endswith("imaml"),
-    "the algorithm maml++ or directed-maml++": lambda args, algo: algo.endswith("maml++"),
-    "an algorithm with sharp- in its name": lambda args, algo: "sharp-" in algo,
-    "--outer-steps 2 or more, and a learner other than reptile": lambda args, algo: (
-        (args.outer_steps or 1) > 1 and not algo.endswith("reptile")
-    ),
-}
 SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
-DIRECTED, LEARNS_ALPHA, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA, *OWN = NEEDS
-IMAML, MAML_PLUS_PLUS, SHARP, REPLAYING = OWN
 count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
@@ -122,8 +167,7 @@ SETTINGS = {
                 identity=False),
     ],
     "algorithm": [
-        Setting("algo", f"one or several of {', '.join(ALGORITHMS)}", "maml directed-maml", nargs="+",
-                choices=ALGORITHMS),
+        Setting("algo", "one or several of {choices}", "maml directed-maml", nargs="+", choices=algorithms),
         Setting("rl", "pg: policy gradient; ac: actor-critic", "ac", default="pg", choices=tuple(policies.LOSSES)),
         Setting("seed", "one or several, all trained at once; 1-10 is ten", "1 2 3 4 5", seeds, 1, nargs="+"),
         Setting("epochs", "E", "1000", count, 500, identity=False),
@@ -153,17 +197,18 @@ SETTINGS = {
                 "over the threshold", "decay", default="constant", choices=("constant", "decay", "converged"),
                 needs=DIRECTED),
         Setting("beta_alpha", "outer step size of a learned α", "0.001", step_size, None, "α times β",
-                needs=LEARNS_ALPHA),
+                needs=LEARNED_ALPHA),
     ],
     "settings of single algorithms": [
         Setting("lambda_", "λ of iMAML's inner objective L + λ/2 ‖θ' − θ‖²", "100", step_size, None, "1 / α",
-                needs=IMAML),
+                needs=owner_of("lambda_")),
         Setting("cg_steps", "steps of conjugate gradients for iMAML's meta-gradient; 0: no Hessian", "10",
-                number(int, 0, 10**9), 1, needs=IMAML),
+                number(int, 0, 10**9), 1, needs=owner_of("cg_steps")),
         Setting("first_order_epochs", "first epochs of MAML++ with first-order meta-gradients", "0",
-                number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
+                number(int, 0, 10**9), 50, needs=owner_of("first_order_epochs")),
         Setting("multi_step_epochs", "MAML++ weighs the losses after all inner steps alike at first, the last alone "
-                "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
+                "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50,
+                needs=owner_of("multi_step_epochs")),
         Setting("rho", "radius ρ of Sharp-MAML: the meta-gradient g is taken at θ + ρ g/‖g‖; 0: at θ", "0.01", size,
                 0.05, needs=SHARP),
     ],
@@ -218,10 +263,10 @@ ALL_SETTINGS = {setting.name: setting for settings in SETTINGS.values() for sett
 
 def default_of(setting, env=None, algo=""):
     """A setting's default for a task family (None: a gymnasium id) and an algorithm."""
-    own = ALGORITHM_DEFAULTS.get(algo.removeprefix("directed-"), {})
     if setting.name == "horizon":
         return env.horizon if env else None
-    return own.get(setting.name, env.defaults.get(setting.name, setting.default) if env else setting.default)
+    default = env.defaults.get(setting.name, setting.default) if env else setting.default
+    return learner_of(algo).defaults.get(setting.name, default) if algo else default
 
 
 def shown_default(setting):
@@ -232,7 +277,7 @@ def shown_default(setting):
 
     general = default_of(setting)
     others = {name: default_of(setting, env) for name, env in envs.ENVS.items()}
-    others |= {algo: default_of(setting, algo=algo) for algo in ALGORITHM_DEFAULTS}
+    others |= {algo: default_of(setting, algo=algo) for algo in maml.LEARNERS}
     names = defaultdict(list)
     for name, value in others.items():
         if value != general:
@@ -263,10 +308,11 @@ def parse(argv, follow_like=True):
                 section.add_argument(setting.flag, action="store_true", help=setting.help)
                 continue
             default = shown_default(setting)
-            text = setting.help + f" (default {default})" * bool(default) + f"; e.g. {setting.flag} {setting.example}"
-            kind = one_of(setting.choices) if setting.choices else setting.type
-            shown = "{" + ",".join(setting.choices) + "}"
-            shown = shown if 0 < len(setting.choices) < 5 else setting.name.rstrip("_").upper()
+            shown_last = f" (default {default})" if default else ""
+            text = f"{setting.text}{shown_last}; e.g. {setting.flag} {setting.example}"
+            kind = one_of(setting.words) if setting.words else setting.type
+            few = 0 < len(setting.words) < 5
+            shown = "{" + ",".join(setting.words) + "}" if few else setting.name.rstrip("_").upper()
             section.add_argument(
                 setting.flag, dest=setting.name, type=kind, nargs=setting.nargs, metavar=shown, help=text
             )
@@ -335,16 +381,18 @@ def check_pairs(args, error):
         error(f"--task-dist {args.task_dist}: not allowed with argument --values, of which all are equally likely")
     for setting in ALL_SETTINGS.values():
         values = getattr(args, setting.name)
-        if (
-            setting.needs
-            and values is not None
-            and not any(NEEDS[setting.needs](args, algo) for algo in args.algo or [""])
-        ):
-            raise RunError(f"{setting.flag} does nothing without {setting.needs}; leave it out, or add that", 2)
+        algos = args.algo or [next(iter(maml.LEARNERS))]  # none with --watch
+        if values is not None and not any(applies(setting, args, algo) for algo in algos):
+            needed = setting.needs.words
+            raise RunError(f"{setting.flag} does nothing without {needed}; leave it out, or add that", 2)
         if setting.name in ("algo", *SWEPT):
             names = [f"{x:.12g}" if isinstance(x, float) else x for x in values or ()]  # as folders are named
             if len(set(names)) < len(names):
                 raise RunError(f"{setting.flag} {' '.join(map(str, values))}: duplicate value", 2)
+
+
+def applies(setting, args, algo):
+    return setting.needs is None or setting.needs.holds(args, algo)
 
 
 # --- plan: from the command line to runs ---
@@ -382,27 +430,27 @@ def plan(args, algo, env):
     that do not apply to it."""
     settings = {}
     for setting in (x for x in ALL_SETTINGS.values() if x.identity):
-        applies = not setting.needs or NEEDS[setting.needs](args, algo)
         value = getattr(args, setting.name)
         value = default_of(setting, env, algo) if value is None else value
-        settings[setting.name] = (list(value) if isinstance(value, tuple) else value) if applies else None
+        value = list(value) if isinstance(value, tuple) else value
+        settings[setting.name] = value if applies(setting, args, algo) else None
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
     settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
     swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
-    if not algo.startswith("directed-"):
+    if not is_directed(algo):
         swept["delta"] = [None]
-    runs = []
+    learner, runs = learner_of(algo), []
     for values in itertools.product(*swept.values()):
         own = settings | dict(zip(swept, values, strict=True))
-        if not (own["alpha"] or own["eval_alpha"] or algo.endswith(LEARNED_ALPHA)):
+        if not (own["alpha"] or own["eval_alpha"] or learner.learns_alpha):
             own["eval_alpha"] = default_of(ALL_SETTINGS["alpha"], env, algo)
         check_run(own, args.beta_alpha)
-        if algo.endswith(LEARNED_ALPHA) and args.beta_alpha is None:
+        if learner.learns_alpha and args.beta_alpha is None:
             # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
             own["beta_alpha"] = own["alpha"] * own["beta"]
-        if algo.endswith("imaml") and args.lambda_ is None:
+        if learner.proximal and args.lambda_ is None:
             # Then α(∇L(θ') + λ(θ' − θ)) = α∇L(θ') + θ' − θ: every inner step is θ' ← θ − α∇L(θ'), as far as MAML's one.
             own["lambda_"] = 1 / own["alpha"]
         varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
@@ -419,11 +467,12 @@ def check_run(settings, beta_alpha):
         raise RunError(
             f"--medium pooled: --trajectories {trajectories} is not a multiple of {tasks}; give one that is", 2
         )
-    if settings["inner_steps"] == 0 and algo.endswith(("reptile", "imaml", *LEARNED_ALPHA)):
+    learner = learner_of(algo)
+    if settings["inner_steps"] == 0 and not learner.joint_training:
         raise RunError(f"--inner-steps 0: {algo} learns from inner steps; for joint training give --algo maml", 2)
-    learned = algo.endswith(LEARNED_ALPHA)
-    if settings["alpha"] == 0 and (algo.endswith(("reptile", "imaml")) or (learned and beta_alpha is None)):
-        remedy = "--alpha above 0" + ", or --beta-alpha" * learned
+    alpha_grows = learner.learns_alpha and beta_alpha is not None
+    if settings["alpha"] == 0 and not (learner.joint_training or alpha_grows):
+        remedy = "--alpha above 0, or --beta-alpha" if learner.learns_alpha else "--alpha above 0"
         raise RunError(f"--alpha 0: {algo} would never take an inner step; give {remedy}", 2)
     if settings["outer_steps"] > 1 and settings["estimator"] != "lvc":
         steps = f"--outer-steps {settings['outer_steps']}"
@@ -470,7 +519,7 @@ def check_memory(args, env, device):
     params = sum(a * b for a, b in itertools.pairwise(sizes))
     activations = value("trajectories") * env.horizon * sum(sizes[1:])
     alike = math.prod(len(getattr(args, name) or [0]) for name in SWEPT if name != "delta")
-    runs = [alike * (len(args.delta or [0]) if algo.startswith("directed-") else 1) for algo in args.algo]
+    runs = [alike * (len(args.delta or [0]) if is_directed(algo) else 1) for algo in args.algo]
     at_once = sum(sorted(runs)[-1 if device == "cuda" else -max(args.workers, 1) :])  # the largest
     need = 4 * at_once * value("tasks") * (2 * params + 3 * activations)
     have = parallel.memory(device)
