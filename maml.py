@@ -366,7 +366,7 @@ class Learner:
 
 def maml_plus_plus_epoch(settings, epoch):
     """First order in the first epochs; the weights of the inner steps until the last is alone."""
-    inner_steps, epochs = settings["inner_steps"], settings["multi_step_epochs"]
+    inner_steps, epochs = settings["inner_steps"], settings["multi_step_epochs"] or 0
     weights = multi_step_weights(inner_steps, epoch, epochs) if epoch < epochs else None
     return {"second_order": epoch >= settings["first_order_epochs"], "step_weights": weights}
 

@@ -39,6 +39,7 @@ from checkpoints import Run, RunError
 from directed import directed
 from harness.settings import (
     ALL_SETTINGS,
+    before_flags,
     check_memory,
     default_of,
     folder_of_all,
@@ -453,7 +454,7 @@ class Batch:
 def new_runs(args, env):
     """All runs of a command, at their first state."""
     planned = [pair for algo in args.algo for pair in plan(args, algo, env)]
-    return [Run(folder, settings, first_state(settings, env)) for folder, settings in planned]
+    return [Run(folder, own, first_state(own, env), before_flags(own, env)) for folder, own in planned]
 
 
 def first_state(settings, env):

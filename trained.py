@@ -24,7 +24,7 @@ import maml
 import parallel
 import policies
 from checkpoints import RunError
-from harness.settings import learner_of
+from harness.settings import before_flags, learner_of
 
 WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
 
@@ -45,6 +45,7 @@ def load(folder, trusted_env=None):
     if isinstance(name, str) and ":" in name and name != trusted_env:
         raise RunError(f"{path}: runs the code of module {name}; if you trust it, give --env {name} too", 2)
     try:
+        settings = before_flags(settings, envs.ENVS.get(name)) | settings
         for key, least in (("horizon", 1), ("trajectories", 1), ("inner_steps", 0), ("seed", 0)):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ValueError(f"{key} is {settings[key]!r}")

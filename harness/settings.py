@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import envs
@@ -21,6 +22,14 @@ import maml
 import parallel
 import policies
 from checkpoints import RunError
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a flag does nothing without, in words. holds: (args, algo) -> whether it is there."""
+
+    words: str
+    holds: Callable
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class Setting:
     shown: str = ""  # the default in words, where it is no value
     nargs: str | None = None
     choices: tuple | Callable = ()  # the words it takes, or a function of them, for a table that grows
-    needs: "Need | None" = None  # what it does nothing without
+    needs: Need | None = None  # what it does nothing without: it is refused, and None in runs without
+    kept: bool = False  # in runs without what it needs it has a value all the same
     identity: bool = True  # part of what makes a run that run: it cannot change on --resume
 
     @property
@@ -49,14 +59,6 @@ class Setting:
     @property
     def text(self):
         return self.help.replace("{choices}", ", ".join(self.words))
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a flag does nothing without, in words. holds: (args, algo) -> whether it is there."""
-
-    words: str
-    holds: Callable
 
 
 def wrong(text, expected):
@@ -88,7 +90,10 @@ def seeds(text):
     first, dash, last = text.partition("-")
     if not (first and dash):
         return number(int, 0)(text)
-    all_of_them = range(number(int, 0)(first), number(int, 0)(last) + 1)
+    try:
+        all_of_them = range(number(int, 0)(first), number(int, 0)(last) + 1)
+    except argparse.ArgumentTypeError as error:
+        raise wrong(text, "expected FIRST-LAST, two whole numbers >= 0") from error
     if not 0 < all_of_them.stop - all_of_them.start <= 10**6:
         raise argparse.ArgumentTypeError(f"{text!r}: expected FIRST-LAST, at least one seed and at most a million")
     return all_of_them
@@ -108,6 +113,13 @@ def is_directed(algo):
 def learner_of(algo):
     """The algorithm's row of maml.LEARNERS."""
     return maml.LEARNERS[algo.removeprefix("directed-")]
+
+
+def both(first, second):
+    return Need(
+        f"{first.words}, and {second.words}",
+        lambda args, algo: first.holds(args, algo) and second.holds(args, algo),
+    )
 
 
 def owner_of(name):
@@ -139,9 +151,25 @@ ADAPTING = Need("--inner-steps 1 or more", lambda args, algo: args.inner_steps !
 ACTOR_CRITIC = Need("--rl ac", lambda args, algo: args.rl == "ac")
 WHITENED = Need("--advantages whitened", lambda args, algo: args.advantages != "raw")
 WATCH = Need("--watch RUN", lambda args, algo: args.watch is not None)
-REPLAYING = Need(
-    "--outer-steps 2 or more, and a learner other than reptile",
-    lambda args, algo: (args.outer_steps or 1) > 1 and learner_of(algo).losses_after > 0,
+SEVERAL_STEPS = Need("--inner-steps 2 or more", lambda args, algo: args.inner_steps != 1)
+REPLAYING = both(
+    Need("--outer-steps 2 or more", lambda args, algo: (args.outer_steps or 1) > 1),
+    Need("a learner other than reptile", lambda args, algo: learner_of(algo).losses_after > 0),
+)
+
+
+def has_second_order_terms(args, algo):
+    """Whether the meta-gradient sees a Hessian, which is all that estimators differ in."""
+    learner = learner_of(algo)
+    if learner.proximal:
+        return args.cg_steps != 0
+    moves = learner.learns_alpha or args.alpha not in (0, [0])
+    return learner.second_order and args.inner_steps != 0 and moves
+
+
+SECOND_ORDER = Need(
+    "an algorithm whose meta-gradient has second-order terms, e.g. maml, and inner steps",
+    has_second_order_terms,
 )
 
 # --- the table ---
@@ -208,7 +236,7 @@ SETTINGS = {
                 number(int, 0, 10**9), 50, needs=owner_of("first_order_epochs")),
         Setting("multi_step_epochs", "MAML++ weighs the losses after all inner steps alike at first, the last alone "
                 "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50,
-                needs=owner_of("multi_step_epochs")),
+                needs=both(owner_of("multi_step_epochs"), SEVERAL_STEPS)),
         Setting("rho", "radius ρ of Sharp-MAML: the meta-gradient g is taken at θ + ρ g/‖g‖; 0: at θ", "0.01", size,
                 0.05, needs=SHARP),
     ],
@@ -219,7 +247,7 @@ SETTINGS = {
         Setting("gae_lambda", "λ of generalised advantage estimation", "1", number(float, 0, 1), 0.95,
                 needs=ACTOR_CRITIC),
         Setting("estimator", "of the meta-gradient's second-order terms", "dice", default="lvc",
-                choices=policies.ESTIMATORS),
+                choices=policies.ESTIMATORS, needs=SECOND_ORDER, kept=True),
         Setting("advantages", "whitened: divided by their standard deviation, γᵗ dropped; raw: Eq. 1b and 2a to the "
                 "letter, with γᵗ and without a baseline", "raw", default="whitened", choices=policies.ADVANTAGES),
         Setting("baseline", "what is subtracted from the advantages: each task's mean, each time step's, or linear: a "
@@ -250,8 +278,8 @@ SETTINGS = {
         Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
                 identity=False),
         Setting("out", "folder of all runs", "../runs", Path, Path("runs"), identity=False),
-        Setting("like", "take every setting of that run from its config.json; other flags override it",
-                "runs/cartpole-pg/maml/seed1 --seed 2", Path, identity=False),
+        Setting("like", "take all settings that make that run what it is, not --epochs and the like, from its "
+                "config.json; other flags override them", "runs/cartpole-pg/maml/seed1 --seed 2", Path, identity=False),
         Setting("resume", "continue runs that exist, e.g. with more --epochs", type=bool, identity=False),
         Setting("overwrite", "start runs that exist again", type=bool, identity=False),
         Setting("quiet", "no progress, only errors", type=bool, identity=False),
@@ -291,13 +319,11 @@ class Parser(argparse.ArgumentParser):
         raise RunError(f"{message} (see --help)", 2)
 
 
-def parse(argv, follow_like=True):
-    """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it.
-
-    follow_like: the settings of the run that --like names stand before the rest, which overrides them.
-    """
+def parse(argv):
+    """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it."""
     parser = Parser(
         prog="run.py",
+        allow_abbrev=False,
         description="Train, evaluate and report Directed-MAML and its peers.",
         epilog="example: python run.py --env cartpole --algo directed-maml --seed 1 2 3 4 5 --delta 0 0.001 0.005 0.01",
     )
@@ -318,6 +344,9 @@ def parse(argv, follow_like=True):
             )
     # argparse's own pattern takes -1. and -1e-05 for flags
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+    for flag, _, value in (word.partition("=") for word in argv):
+        if flag.startswith("--") and value == "--":  # which argparse takes for an empty list
+            parser.error(f"{flag}: expected a value, not --")
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
         before = [word for word in argv[: argv.index(unknown[0])] if word.startswith("--")]
@@ -326,10 +355,9 @@ def parse(argv, follow_like=True):
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
         parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
-    if args.like is not None and follow_like:
-        replaced = {other for name, other in INSTEAD.items() if getattr(args, name) is not None}
-        return parse([*words_of(args.like, replaced), *argv], follow_like=False)
     args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
+    if args.like is not None:
+        follow(args)
     check_pairs(args, parser.error)
     for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
         if getattr(args, setting.name) is None:
@@ -341,21 +369,52 @@ def parse(argv, follow_like=True):
 INSTEAD = {"values": "range", "range": "values", "eval_values": "eval_range", "eval_range": "eval_values"}
 
 
-def words_of(folder, replaced):
-    """The settings of the run in a folder, from its config.json and without those `replaced`, as the words of a command
-    line."""
-    path = folder / "config.json"
+def follow(args):
+    """Fill in what the command line leaves open with the settings of the run that --like names."""
+    taken = settings_in(args.like)
+    env = taken.get("env", "")
+    if ":" in env and args.env is None:
+        raise RunError(f"--like {args.like}: runs the code of module {env}; if you trust it, give --env {env} too", 2)
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    open_ones = [name for name in taken if name not in given and INSTEAD.get(name) not in given]
+    for name in open_ones:
+        setattr(args, name, taken[name])
+    for name in open_ones:  # e.g. δ, where --algo says an undirected one instead
+        if not any(applies(ALL_SETTINGS[name], args, algo) for algo in args.algo or ()):
+            setattr(args, name, None)
+
+
+def settings_in(folder):
+    """What makes the run in a folder that run: {name: value} from its config.json, which may be a stranger's.
+
+    Each goes through its flag's own type, and none becomes a word of a command line.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "phi_names" not in config:
             raise ValueError("written by an earlier version of this code, or no run's")
-        replaced = {"device", *replaced} | ({"range"} if config.get("values") else set())  # which then says their ends
-        names = [name for name in ALL_SETTINGS if name not in replaced and config.get(name) is not None]
-        given = {ALL_SETTINGS[name]: config[name] for name in names if config[name] is not False}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        names = [setting.name for setting in ALL_SETTINGS.values() if setting.identity]
+        if config.get("values"):
+            names.remove("range")  # which then says their ends
+        if config.get("delta_schedule") == "converged":
+            names.append("threshold")
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        return {name: value_of(ALL_SETTINGS[name], value) for name, value in given.items()}
+    except (OSError, LookupError, TypeError, ValueError, RecursionError, argparse.ArgumentTypeError) as error:
         raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
-    values = {x: [] if value is True else value if isinstance(value, list) else [value] for x, value in given.items()}
-    return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
+
+
+def value_of(setting, value):
+    """A value of config.json as `parse` gives it. Raises ValueError or ArgumentTypeError."""
+    several = value if isinstance(value, list) and setting.nargs else [value]
+    expected = {bool: bool, seeds: int}.get(setting.type, (str, int, float))
+    if not all(isinstance(x, expected) for x in several):
+        raise ValueError(f"{setting.name} is {str(value)[:100]}")
+    if setting.type is bool:
+        return value
+    kind = one_of(setting.words) if setting.words else setting.type
+    values = [kind(str(x)) for x in several]
+    return values if setting.nargs else values[0]
 
 
 def one_of(choices):
@@ -433,7 +492,7 @@ def plan(args, algo, env):
         value = getattr(args, setting.name)
         value = default_of(setting, env, algo) if value is None else value
         value = list(value) if isinstance(value, tuple) else value
-        settings[setting.name] = value if applies(setting, args, algo) else None
+        settings[setting.name] = value if setting.kept or applies(setting, args, algo) else None
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
     settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
     if settings["medium"] is not None:
@@ -457,6 +516,21 @@ def plan(args, algo, env):
         names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
         runs.append((folder_of_all(args) / algo / "/".join(names), own))
     return runs
+
+
+def before_flags(settings, env=None):
+    """What each setting was in runs from before its flag existed: its default where it applies.
+
+    settings: of such a run, or of the command that resumes it; env: its task family, if it is a listed one.
+    """
+    algo = settings["algo"]
+    args = SimpleNamespace(**dict.fromkeys(ALL_SETTINGS) | settings)
+    before = {}
+    for setting in (x for x in ALL_SETTINGS.values() if x.identity):
+        default = False if setting.type is bool else default_of(setting, env, algo)
+        default = list(default) if isinstance(default, tuple) else default
+        before[setting.name] = default if setting.kept or applies(setting, args, algo) else None
+    return before
 
 
 def check_run(settings, beta_alpha):

@@ -1,12 +1,15 @@
-"""What iMAML, MAML++ and Sharp-MAML need of run.py: schedules, settings, checkpoints, evaluation, the loaded run."""
+"""A learner is a row, and what iMAML, MAML++ and Sharp-MAML need of run.py: settings, evaluation, loaded runs."""
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoints
+import envs
+import maml
+import run
 import trained
-from harness.settings import make_env, parse, plan
+from harness.settings import ALL_SETTINGS, SETTINGS, Setting, make_env, owner_of, parse, plan
 from tests.commands import refused, rows, train
 
 STILL = ["--beta", 1e-30]  # θ stays where it began
@@ -19,6 +22,54 @@ def state(folder):
 def planned(algo, *words):
     args = parse(["--env", "cartpole", "--algo", algo, *map(str, words)])
     return [settings for _, settings in plan(args, algo, make_env(args))]
+
+
+# --- a learner is a function and a row ---
+
+
+def sign_maml(theta, task_loss, alpha, num_tasks, inner_steps=1, shrink=None):
+    """The signs of MAML's meta-gradient (Fan et al. 2021), times a setting of its own."""
+    maml.maml(theta, task_loss, alpha, num_tasks, inner_steps)
+    for p in theta.values():
+        p.grad = p.grad.sign() * maml.of_each_run(shrink, p)
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """Sign-MAML, added as its row and the row of its flag, as somebody would who edits the two tables."""
+    row = maml.Learner(sign_maml, settings=("shrink",), defaults={"beta": 0.25}, joint_training=False)
+    monkeypatch.setitem(maml.LEARNERS, "sign-maml", row)
+    flag = Setting("shrink", "factor of the signs", "0.5", float, 0.5, needs=owner_of("shrink"))
+    monkeypatch.setitem(SETTINGS, "step sizes", [*SETTINGS["step sizes"], flag])
+    monkeypatch.setitem(ALL_SETTINGS, "shrink", flag)
+
+
+def test_an_added_learner_is_listed_and_its_row_decides_what_is_refused(tmp_path, capsys, monkeypatch, added):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    text = capsys.readouterr().out
+    assert "sign-maml" in text and "directed-sign-maml" in text and "sign-maml 0.25" in text  # its default β
+    assert "--inner-steps 0: sign-maml" in refused(capsys, tmp_path, "--inner-steps", 0, algo="sign-maml")
+    line = refused(capsys, tmp_path, "--shrink", 2, algo="maml")
+    assert "--shrink does nothing without the algorithm sign-maml or directed-sign-maml" in line
+
+
+@pytest.mark.parametrize("algo", ["sign-maml", "directed-sign-maml"])
+def test_an_added_learner_trains_resumes_evaluates_and_is_loaded(tmp_path, added, algo):
+    words = ["--shrink", 0.5, "--delta", 0] if algo.startswith("directed") else ["--shrink", 0.5]
+    train(tmp_path / "straight", *words, env="point", algo=algo, epochs=2)
+    train(tmp_path / "stopped", *words, env="point", algo=algo, epochs=1)
+    (first,) = (path.parent for path in (tmp_path / "stopped").rglob("checkpoint.pt"))
+    start = run.first_state(state(first)["settings"], envs.make("point", horizon=12))["theta"]
+    for name, p in state(first)["theta"].items():  # its default β, times the signs' factor
+        torch.testing.assert_close((p - start[name]).abs(), torch.full_like(p, 0.25 * 0.5), rtol=1e-5, atol=1e-6)
+    train(tmp_path / "stopped", *words, "--resume", env="point", algo=algo, epochs=2)
+    (straight,) = (path.parent for path in (tmp_path / "straight").rglob("checkpoint.pt"))
+    assert rows(straight / "log.csv") == rows(first / "log.csv")
+    assert {row["step"] for row in rows(first / "eval.csv")} == {"0", "1"}
+    adapted = trained.load(first).adapt(phi=[0.3, 0.3])
+    assert not torch.equal(adapted.theta["policy.0.weight"], state(first)["theta"]["policy.0.weight"])
 
 
 # --- settings ---
