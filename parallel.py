@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import envs
 import policies
+from harness.device import step_compiler
 
 
 class ProcessError(RuntimeError):
@@ -31,29 +32,65 @@ class ProcessError(RuntimeError):
 
 @contextlib.contextmanager
 def open_sampler(env, head, device, workers):
-    """sample(params, phi, noise) -> trajectories, on params' device, as `envs.rollout` with the policy under params.
+    """A sampler: sample(params, phi, noise) -> trajectories on params' device, as `envs.rollout` with the policy under
+    params, a dict of (S, M, ...).
 
-    params: dict of (S, M, ...); phi (S, M, P) on the CPU. On CUDA a rollout is a graph; else it is numpy, and
-    gymnasium's environments step in so many worker processes (0: in this one), which live as long as the context.
-    Raises ProcessError.
+    On a GPU a rollout is torch's; else it is numpy, and gymnasium's environments step in so many worker processes (0:
+    in this one), which live as long as the context. Raises ProcessError.
     """
     make_act = partial(policies.actor, head=head)
-    if device == "cuda" and not env.in_workers:
-        yield CapturedRollout(env, partial(make_act, xp=torch))
+    if device != "cpu" and not env.in_workers:
+        yield DeviceSampler(env, head, device, step_compiler(device))
     elif not env.in_workers:
-        yield partial(with_numpy, partial(rollout_here, env, make_act))
+        yield HostSampler(partial(rollout_here, env, make_act))
     elif workers == 0:
-        yield partial(with_numpy, partial(rollout_of_stranger, env, make_act))
+        yield HostSampler(partial(rollout_of_stranger, env, make_act))
     else:
         with Workers(env, make_act, workers) as processes:
-            yield partial(with_numpy, processes.rollout)
+            yield HostSampler(processes.rollout)
 
 
-def with_numpy(rollout, params, phi, noise):
-    """The rollout on numpy arrays, wherever params are and its trajectories are wanted."""
-    home = next(iter(params.values())).device
-    params, noise = ({key: x.detach().cpu().numpy() for key, x in d.items()} for d in (params, noise))
-    return {key: torch.from_numpy(x).to(home) for key, x in rollout(params, phi.numpy(), noise).items()}
+class HostSampler:
+    """Samples with numpy. phi (S, M, P) and noise are numpy's; params and trajectories are on params' device."""
+
+    def __init__(self, rollout):
+        self.rollout, self.seconds = rollout, 0.0
+
+    def placed(self, x):
+        """An array where random numbers and tasks must be."""
+        return x.numpy() if isinstance(x, torch.Tensor) else x
+
+    def __call__(self, params, phi, noise):
+        start = time.perf_counter()
+        home = next(iter(params.values())).device
+        params = {key: x.detach().cpu().numpy() for key, x in params.items()}
+        trajectories = {key: torch.from_numpy(x).to(home) for key, x in self.rollout(params, phi, noise).items()}
+        self.seconds += time.perf_counter() - start
+        return trajectories
+
+    def take_seconds(self):
+        """Seconds of sampling since this was last asked."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+class DeviceSampler:
+    """Samples with torch, on the device where params, phi and noise are. compiled: torch.compile, or None."""
+
+    def __init__(self, env, head, device, compiled):
+        self.env, self.head, self.device, self.compiled = env, head, device, compiled
+
+    def placed(self, x):
+        return torch.as_tensor(x).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, params, phi, noise):
+        # contiguous: θ seen once per task is a view, for which a step would be compiled again
+        params = {key: x.detach().contiguous() for key, x in params.items()}
+        return envs.rollout(self.env, policies.actor(params, self.head, torch), phi, noise, torch, self.compiled)
+
+    def take_seconds(self):
+        return math.nan  # a GPU samples while Python is ahead of it, and inside a recorded epoch
 
 
 def rollout_here(env, make_act, params, phi, noise):
@@ -66,51 +103,6 @@ def rollout_of_stranger(env, make_act, params, phi, noise):
         return rollout_here(env, make_act, params, phi, noise)
     except Exception as error:
         raise ProcessError(f"the environment failed: {envs.first_line(error)}") from error
-
-
-class CapturedRollout:
-    """Rollouts on a GPU, recorded once for each shape as a CUDA graph and then replayed: a step costs no Python and no
-    launch. Where a rollout cannot be recorded it runs as it is, and one line says so."""
-
-    def __init__(self, env, make_act):
-        self.env, self.make_act, self.graphs = env, make_act, {}
-
-    def __call__(self, params, phi, noise):
-        given = {"phi": phi} | {f"noise {key}": x for key, x in noise.items()} | params
-        device = next(iter(params.values())).device
-        shapes = tuple((key, x.shape, x.dtype) for key, x in given.items())
-        if shapes not in self.graphs:
-            inputs = {key: x.detach().to(device, copy=True) for key, x in given.items()}
-            try:
-                self.graphs[shapes] = self.capture(inputs, list(params))
-            except RuntimeError as error:
-                print(f"rollouts run without a CUDA graph, so more slowly ({envs.first_line(error)[:150]})")
-                self.graphs[shapes] = None, inputs, None
-        graph, inputs, trajectories = self.graphs[shapes]
-        with torch.no_grad():
-            for key, x in given.items():
-                inputs[key].copy_(x)
-            if graph is None:
-                return self.run(inputs, list(params))
-            graph.replay()
-            return {key: x.clone() for key, x in trajectories.items()}
-
-    def run(self, inputs, names):
-        noise = {key: inputs[f"noise {key}"] for key in ("reset", "action")}
-        return envs.rollout(self.env, self.make_act({key: inputs[key] for key in names}), inputs["phi"], noise, torch)
-
-    @torch.no_grad()
-    def capture(self, inputs, names):
-        """A CUDA graph, the tensors that it reads and the trajectories that it writes."""
-        warm_up = torch.cuda.Stream()  # as torch asks for: a first run outside the capture, on a stream of its own
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):
-            self.run(inputs, names)
-        torch.cuda.current_stream().wait_stream(warm_up)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            trajectories = self.run(inputs, names)
-        return graph, inputs, trajectories
 
 
 # --- training processes ---

@@ -17,40 +17,43 @@ import torch
 # --- networks ---
 
 
-def init_mlp(name, sizes, generators):
-    """Parameters `name.i.weight` (S, 1, in, out) and `name.i.bias` (S, 1, 1, out), one run for each generator.
+def init_mlp(name, sizes, uniform):
+    """Parameters `name.i.weight` (S, 1, in, out) and `name.i.bias` (S, 1, 1, out), drawn by `uniform`, see `init`.
 
-    Drawn like torch.nn.Linear's: uniform within ±1/√in.
+    Distributed like torch.nn.Linear's: uniform within ±1/√in.
     """
     params = {}
     for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         for kind, rows in (("weight", n_in), ("bias", 1)):
-            draws = torch.stack([torch.rand(1, rows, n_out, generator=g) for g in generators])
-            params[f"{name}.{i}.{kind}"] = (2 * draws - 1) / math.sqrt(n_in)
+            params[f"{name}.{i}.{kind}"] = (2 * uniform(rows, n_out) - 1) / math.sqrt(n_in)
     return params
 
 
-def init(obs_dim, head, generators, hidden=(64, 64), critic=False):
-    """θ: a dict of leaves (S, 1, ...) for S = len(generators) runs; `critic` adds V(s) as a second MLP."""
-    theta = init_mlp("policy", [obs_dim, *hidden, head.size], generators)
+def init(obs_dim, head, uniform, hidden=(64, 64), critic=False):
+    """θ: a dict of leaves (S, 1, ...) for S runs; `critic` adds V(s) as a second MLP.
+
+    uniform: (rows, columns) -> numbers in [0, 1), a tensor (S, 1, rows, columns); for one run without further ado
+    lambda *shape: torch.rand(1, 1, *shape).
+    """
+    theta = init_mlp("policy", [obs_dim, *hidden, head.size], uniform)
     if isinstance(head, Gaussian):
-        theta["policy.raw_std"] = torch.zeros(len(generators), 1, 1, head.size)
+        theta["policy.raw_std"] = torch.zeros_like(theta[f"policy.{len(hidden)}.bias"])
     if critic:
-        theta |= init_mlp("critic", [obs_dim, *hidden, 1], generators)
+        theta |= init_mlp("critic", [obs_dim, *hidden, 1], uniform)
     return {name: p.requires_grad_() for name, p in theta.items()}
 
 
-def mlp(params, name, xp=torch):
-    """The tanh MLP `name` of params (S, M, ...) as a function x (B, N, D) -> (B, N, out).
-
-    xp: torch; or numpy for acting on a CPU, where a call on such small arrays costs a quarter of torch's.
-    """
-    weights, biases = (
+def layers(params, name):
+    """The weights and the biases of the MLP `name` of params (S, M, ...): lists of (B, ...)."""
+    return (
         [p.reshape(-1, *p.shape[2:]) for key, p in params.items() if key.startswith(name) and key.endswith(kind)]
         for kind in (".weight", ".bias")
     )
-    if xp is not torch:
-        return forward_numpy(weights, biases)
+
+
+def mlp(params, name):
+    """The tanh MLP `name` of params (S, M, ...) as a function x (B, N, D) -> (B, N, out), for the losses."""
+    weights, biases = layers(params, name)
 
     # Inside, x is (B, features, N): BLAS takes several times as long for a product of few columns as for one of few
     # rows, and the policy's outputs are few. All sizes are padded with zeros: a matrix product with a vector, and σ of
@@ -77,17 +80,20 @@ def padded(x, rows, columns):
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows)).contiguous()
 
 
-def forward_numpy(weights, biases):
+def acting(params, name, xp=numpy):
+    """`mlp` for rollouts, without its padding and without a graph, on arrays of xp: numpy on a CPU, where a call on so
+    small arrays costs a quarter of torch's; torch on a GPU."""
+    weights, biases = layers(params, name)
     repeated = []  # the biases for the last N, (B, N, out): numpy adds arrays of one shape in a third of the time
 
     def forward(x):
-        if not repeated or repeated[0].shape[1] != x.shape[1]:
+        if xp is numpy and (not repeated or repeated[0].shape[1] != x.shape[1]):
             repeated[:] = [bias.repeat(x.shape[1], 1) for bias in biases]
-        for weight, bias in zip(weights, repeated, strict=True):
+        for weight, bias in zip(weights, repeated or biases, strict=True):
             x = x @ weight
             x += bias
             if weight is not weights[-1]:
-                numpy.tanh(x, out=x)
+                x = numpy.tanh(x, out=x) if xp is numpy else x.tanh()
         return x
 
     return forward
@@ -169,7 +175,7 @@ def actor(params, head, xp=numpy):
 
     All are arrays of xp: numpy on a CPU, torch on a GPU.
     """
-    policy = mlp(params, "policy", xp)
+    policy = acting(params, "policy", xp)
     return lambda obs, noise: head.sample(params, policy(obs), noise, xp)
 
 

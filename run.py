@@ -6,6 +6,7 @@ directed.py.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -37,6 +38,9 @@ import report
 import trained
 from checkpoints import Run, RunError
 from directed import directed
+from envs import EVALUATION, INIT, MEDIUM, TASKS
+from harness.device import Recorded, choose_device
+from harness.log import Rows
 from harness.settings import (
     ALL_SETTINGS,
     before_flags,
@@ -50,7 +54,6 @@ from harness.settings import (
 )
 
 NOTHING = contextlib.nullcontext()
-INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
 
@@ -63,7 +66,7 @@ def main(argv=None):
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
-        check_memory(args, env, choose_device(args, env))
+        check_memory(args, env, choose_device(args.device, env))
         runs = new_runs(args, env)
         failures, stopped = train_all(runs, env, args, ranks)
         ranks.object_from_first(lambda: finish(failures, args))
@@ -84,7 +87,7 @@ def train_all(runs, env, args, ranks):
 
     Returns a line for each run that failed, and the signals that stopped the training, if any.
     """
-    device = choose_device(args, env)
+    device = choose_device(args.device, env)
     parallel.keep_memory()
     with (
         checkpoints.opened(runs, args.resume, args.overwrite, args.epochs) if ranks.rank == 0 else NOTHING,
@@ -101,14 +104,6 @@ def train_all(runs, env, args, ranks):
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
         failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
     return failures, signals
-
-
-def choose_device(args, env):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
-    if args.device == "auto":
-        return "cuda" if torch.cuda.is_available() and not env.in_workers else "cpu"
-    return args.device
 
 
 def share_out(runs, processes):
@@ -129,54 +124,64 @@ def train_together(runs, tell, args, env, device, samplers, ranks):
     head = policies.make_head(env.actions)
     for run in runs if ranks.rank == 0 else ():
         begin(run, args, env, device, len(runs))
-    with parallel.open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample:
-        return train(Batch(runs, env, head, sample, device, ranks), args.epochs, args.eval_every, tell)
+    with (
+        parallel.open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample,
+        Rows(writes=ranks.rank == 0) as rows,
+    ):
+        return train(Batch(runs, env, head, sample, device, ranks, rows), args.epochs, args.eval_every, tell)
 
 
 def train(batch, epochs, eval_every, tell):
     """Train a batch to `epochs`, evaluating and saving it on the way; see `train_together`."""
     failures, stopping, saved = [], [], time.perf_counter()
-    while batch and batch.epoch < epochs and not stopping:
+    epoch = Recorded(train_epoch)
+    while batch and batch.epochs_done < epochs and not stopping:
         start = time.perf_counter()
-        losses = train_epoch(batch)
-        finite = log_epoch(batch, losses, time.perf_counter() - start)
+        batch.set_schedules()
+        measured = fetched(epoch(batch))
+        finite = log_epoch(batch, measured, time.perf_counter() - start)
         stopping = batch.ranks.any(tell(batch.news()))
         if not all(finite):
             failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
             batch = batch.only(finite)
-        if batch and (batch.epoch % eval_every == 0 or batch.epoch == epochs):
+        if batch and (batch.epochs_done % eval_every == 0 or batch.epochs_done == epochs):
             evaluate(batch)
-        if batch and (stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS):
+        due = time.perf_counter() - saved > CHECKPOINT_SECONDS
+        if batch and (stopping or batch.epochs_done == epochs or due):
             batch.save()
             saved = time.perf_counter()
     return failures
 
 
 def train_epoch(batch):
-    """One epoch of Algorithm 1, for all runs of the batch at once. Returns the losses, which know what was sampled."""
+    """One epoch of Algorithm 1, for all runs of the batch at once. Returns what `measure` finds.
+
+    It changes tensors in place and asks nothing of the host, so that it can be recorded as a CUDA graph.
+    """
     num_tasks, medium = batch.settings["tasks"], batch.settings["medium"]
-    rng, medium_rng = (envs.generators(batch.seeds, purpose, batch.epoch) for purpose in (TASKS, MEDIUM))
-    phi = envs.sample_tasks(batch.env, rng, num_tasks)  # line 6: φ ~ ρ, (S, M, P)
-    replayed = batch.settings["outer_steps"] > 1
-    losses = [(ReplayedLoss if replayed else TaskLoss)(batch, phi, rng, batch.ranks.tasks)]
+    phi = envs.sample_tasks(batch.env, batch.stream(TASKS), num_tasks)  # line 6: φ ~ ρ, (S, M, P)
+    task_loss = (ReplayedLoss if batch.settings["outer_steps"] > 1 else TaskLoss)(batch, TASKS, phi, batch.ranks.tasks)
+    losses, medium_loss = [task_loss], None
     if medium is not None:
-        phi_med = envs.medium_task(batch.env, medium, phi, medium_rng)  # line 1: (S, 1, P)
-        losses.insert(0, TaskLoss(batch, phi_med, medium_rng, pooled=medium == "pooled"))
-        batch.delta.copy_(scheduled_delta(batch))
-    start = batch.position()
+        phi_med = envs.medium_task(batch.env, medium, phi, batch.stream(MEDIUM))  # line 1: (S, 1, P)
+        medium_loss = TaskLoss(batch, MEDIUM, phi_med, pooled=medium == "pooled")
+        losses = [medium_loss, task_loss]
+    before = batch.position()
     # lines 4, 5: the δ-step, directed.py; 7 to 11: the inner steps and the meta-gradient, maml.py
     adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.switches())
     between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
     for _ in range(1, batch.settings["outer_steps"]):  # ProMP: more of them on the same trajectories
         # without the δ-step: it is a plain step, whose data are those of θ before it, and no ratio holds it back
-        losses[-1].replay()
-        batch.undirected(batch.theta, losses[-1], batch.alpha, num_tasks, **batch.switches())
+        task_loss.replay()
+        batch.undirected(batch.theta, task_loss, batch.alpha, num_tasks, **batch.switches())
         batch.optimizer.step()
-    batch.moves = between - start, batch.position() - between
+    if adapted is not None:
+        # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
+        # its own. They are no training, so env steps do not count them.
+        task_loss.draw(adapted)
     batch.epoch += 1
-    losses[-1].unmeasured = adapted
-    return losses
+    return measure(batch, medium_loss, task_loss, between - before, batch.position() - between)
 
 
 class TaskLoss:
@@ -184,32 +189,30 @@ class TaskLoss:
     pooled: (S, 1), K trajectories in all, K / M of each, as one task whose φ differs from episode to episode.
 
     Of the M tasks it takes its `own` alone, with the noise that they have in any company. Keeps the mean undiscounted
-    return (S, M) of every call, and sums up env steps (S,) and seconds of sampling; finite: every loss of a run was
-    (S,).
+    return (S, M) of every call, and sums up env steps (S,); finite: every loss of a run was (S,).
     """
 
-    def __init__(self, batch, phi, generators, own=slice(None), pooled=False):
-        self.env, self.sample, self.phi, self.own = batch.env, batch.sample, phi, own
-        self.generators = envs.on_device(generators, "cpu" if batch.env.in_workers else batch.device)
-        self.num_trajectories, self.pooled = batch.settings["trajectories"] // (phi.shape[1] if pooled else 1), pooled
+    def __init__(self, batch, purpose, phi, own=slice(None), pooled=False):
+        self.env, self.sample, self.stream = batch.env, batch.sample, batch.stream(purpose)
+        self.phi, self.tasks = phi[:, own], range(phi.shape[1])[own]
+        self.pooled, self.num_trajectories = pooled, batch.settings["trajectories"]
+        if pooled:
+            self.num_trajectories //= len(self.tasks)
         options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
-        self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
-        self.unmeasured = None  # parameters whose return is still to be logged, at no cost to the training
+        self.returns, self.env_steps, self.finite = [], 0, True
 
     def __call__(self, params):
-        start = time.perf_counter()
         trajectories = self.draw(params)
-        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
-        self.seconds += time.perf_counter() - start
+        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3))
         return self.loss_on(trajectories, params)
 
     def draw(self, params):
-        """Fresh trajectories, whose returns are kept; their env steps and seconds are for the caller to count."""
-        noise = envs.draw_noise(self.env, self.generators, self.phi.shape[1], self.num_trajectories)
-        noise = {key: x[:, self.own] for key, x in noise.items()}
-        policy = maml.expand(params, self.phi.shape[1]) if self.pooled else params
-        trajectories = self.sample(policy, self.phi[:, self.own], noise)
+        """Fresh trajectories, whose returns are kept; their env steps are for the caller to count."""
+        call = len(self.returns) + 1
+        noise = envs.draw_noise(self.env, self.stream, self.tasks, self.num_trajectories, call)
+        policy = maml.expand(params, len(self.tasks)) if self.pooled else params
+        trajectories = self.sample(policy, self.phi, noise)
         if self.pooled:
             trajectories = {key: x.flatten(1, 2).unsqueeze(1) for key, x in trajectories.items()}  # (S, 1, K, ...)
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
@@ -225,11 +228,11 @@ class ReplayedLoss(TaskLoss):
     """A TaskLoss that keeps what it draws. After `replay` the n-th call gets the loss on what the n-th call drew, by
     likelihood ratios, clipped in query batches alone: inner steps are those of `maml.adapt`, whatever the ratio."""
 
-    def __init__(self, batch, phi, generators, own):
-        super().__init__(batch, phi, generators, own)
+    def __init__(self, batch, purpose, phi, own):
+        super().__init__(batch, purpose, phi, own)
         options = {key: batch.settings[key] for key in policies.OPTIONS if key != "estimator"}
         self.as_drawn = partial(policies.as_drawn, head=batch.head, rl=batch.settings["rl"], **options)
-        self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
+        self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.draws_per_gradient
         self.drawn, self.replays = [], None
 
     def replay(self):
@@ -269,93 +272,99 @@ def penalised(meta_learner, eta):
     return penalised_meta_learner
 
 
-def scheduled_delta(batch):
-    """δ of each run at this epoch: (S,)."""
-    deltas = torch.tensor([run.settings["delta"] for run in batch.runs], dtype=torch.float64)
-    if batch.settings["delta_schedule"] == "decay":
-        return deltas / (1 + batch.epoch / 100)
-    return deltas * torch.tensor([not run.state["totals"]["converged"] for run in batch.runs])
+# --- log ---
+
+SUMS = ("pre", "post", "env_steps", "broken", "kl")  # what each rank measures of its own tasks alone
 
 
-def log_epoch(batch, losses, seconds):
+@torch.no_grad()
+def measure(batch, medium_loss, task_loss, delta_move, beta_move):
+    """What there is to log of an epoch: {name: (S,) in float64}; those of SUMS are sums over this rank's tasks.
+
+    delta_move, beta_move: how far the δ-step and the β-steps moved θ, (S, N).
+    """
+    after = batch.settings["inner_steps"]  # the call that drew under θ'; Sharp-MAML goes on elsewhere
+    delta_move, beta_move = delta_move.double(), beta_move.double()
+    finite = torch.stack([p.isfinite().flatten(1).all(1) for p in batch.learned]).all(0)
+    measured = {
+        "pre": task_loss.returns[0].double().sum(1),
+        "post": task_loss.returns[after].double().sum(1),
+        "env_steps": task_loss.env_steps,
+        "broken": ~task_loss.finite,
+        "beta_norm": beta_move.square().sum(1).sqrt(),
+    }
+    if isinstance(task_loss, ReplayedLoss):
+        measured["kl"] = task_loss.kl(batch.theta).double().sum(1)
+    if medium_loss is not None:
+        finite = finite & medium_loss.finite
+        measured |= {
+            "med": medium_loss.returns[0].double().mean(1),
+            "medium_steps": medium_loss.env_steps,
+            "delta_norm": delta_move.square().sum(1).sqrt(),
+            "product": (delta_move * beta_move).sum(1),
+        }
+    return {name: x.double() for name, x in measured.items()} | {"finite": finite.double()}
+
+
+def fetched(measured):
+    """`measure`'s tensors on the CPU, in one transfer, for which a GPU is waited."""
+    return dict(zip(measured, torch.stack(list(measured.values())).cpu(), strict=True))
+
+
+def log_epoch(batch, measured, seconds):
     """Add the epoch to every run's totals and log; returns for each run whether its losses and parameters are
     finite."""
-    *_, task_loss = losses
-    if task_loss.unmeasured is not None:
-        # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
-        # its own. They are no training: neither env steps nor seconds count them (one rollout beside five).
-        task_loss.draw(task_loss.unmeasured)
-    steps_of = (0, batch.settings["inner_steps"])  # at θ, and after its inner steps; Sharp-MAML goes on elsewhere
-    pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in steps_of)  # (S,) each
-    steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
-    batch.ranks.sum([pre, post, steps, broken])  # a rank knows its own tasks' alone, but the whole medium task
-    steps = steps + sum(loss.env_steps for loss in losses[:-1])
-    med = losses[0].returns[0].mean(1).tolist() if len(losses) > 1 else [None] * len(batch.runs)
-    norms, kl = step_norms(batch), mean_kl(batch, task_loss)
-    share = 1 / len(batch.runs)  # runs of a batch share its time evenly
+    num_runs, num_tasks = len(batch.runs), batch.settings["tasks"]
+    batch.ranks.sum([measured[name] for name in SUMS if name in measured])  # but all know the whole medium task
+    finite = (measured["finite"] > 0) & (measured["broken"] == 0)
+    measured |= {name: measured[name] / num_tasks for name in ("pre", "post", "kl") if name in measured}
+    nothing = [None] * num_runs
+    columns = defaultdict(lambda: nothing, {name: x.tolist() for name, x in measured.items()})
+    sample_seconds = batch.sample.take_seconds()
+    batch.mean_return = float(measured["post"].mean())
     for i, run in enumerate(batch.runs):
+        pre, post, med, kl = (columns[name][i] for name in ("pre", "post", "med", "kl"))
+        delta_norm, beta_norm, product = (columns[name][i] for name in ("delta_norm", "beta_norm", "product"))
         totals, threshold = run.state["totals"], run.settings["threshold"]
-        totals["env_steps"] += int(steps[i])
-        totals["seconds"] += share * seconds
-        totals["sample_seconds"] += share * sum(loss.seconds for loss in losses)
-        totals["smoothed"] = measures.smoothed(totals["smoothed"], float(post[i]))
+        run.state["epoch"] += 1
+        totals["env_steps"] += int(columns["env_steps"][i] + (columns["medium_steps"][i] or 0))
+        totals["seconds"] += seconds / num_runs  # runs of a batch share its time evenly
+        totals["sample_seconds"] += sample_seconds / num_runs
+        totals["smoothed"] = measures.smoothed(totals["smoothed"], post)
         totals["converged"] |= threshold is not None and totals["smoothed"] > threshold
         times = [totals[key] for key in ("env_steps", "seconds", "sample_seconds")]
-        run.state["epoch"] = batch.epoch
-        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i], *norms[i], kl[i]]])
-    finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in batch.learned]
-    finite += [broken == 0, *(loss.finite.cpu() for loss in losses[:-1])]
-    return torch.stack(finite).all(0).tolist()
-
-
-def step_norms(batch):
-    """How far the δ-step and the β-step moved θ, and the cosine between the two: three numbers for each run, None for
-    what there is not."""
-    moves = [move.double() for move in batch.moves]
-    delta, beta = ((move * move).sum(1).sqrt().tolist() for move in moves)
-    product = (moves[0] * moves[1]).sum(1).tolist()
-    if batch.settings["medium"] is None:
-        return [[None, b, None] for b in beta]
-    return [[d, b, p / (d * b) if d * b else None] for d, b, p in zip(delta, beta, product, strict=True)]
-
-
-def mean_kl(batch, task_loss):
-    """KL(π_old ‖ π_θ) of the policy before adaptation after all outer steps, of each run; None where there was one."""
-    if not isinstance(task_loss, ReplayedLoss):
-        return [None] * len(batch.runs)
-    with torch.no_grad():
-        kl = task_loss.kl(batch.theta).double().sum(1).cpu() / batch.settings["tasks"]
-    batch.ranks.sum([kl])
-    return kl.tolist()
+        cosine = product / (delta_norm * beta_norm) if delta_norm and beta_norm else None
+        batch.rows.add(run, "log", [[run.state["epoch"], *times, pre, post, med, delta_norm, beta_norm, cosine, kl]])
+    return finite.tolist()
 
 
 def evaluate(batch):
     """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps, as rows of every run's eval.csv."""
     num_steps, ranks = batch.settings["eval_steps"], batch.ranks
     grid = envs.held_out_tasks(batch.env, batch.settings["eval_range"], batch.settings["eval_values"])
-    rng = envs.generators(batch.seeds, EVALUATION, batch.epoch)
-    task_loss = TaskLoss(batch, grid.expand(len(batch.runs), *grid.shape), rng, ranks.tasks)
+    phi = batch.sample.placed(grid.expand(len(batch.runs), *grid.shape))
+    task_loss = TaskLoss(batch, EVALUATION, phi, ranks.tasks)
     returns = torch.zeros(len(batch.runs), len(grid), num_steps + 1, dtype=torch.float64)
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
         proximal = batch.learner.proximal
-        objective = maml.proximal(task_loss, theta, batch.own["lambda_"]) if proximal else task_loss
+        objective = maml.proximal(task_loss, theta, batch.learner_options["lambda_"]) if proximal else task_loss
         adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
     ranks.sum([returns])
     names = [" ".join(f"{x:g}" for x in phi) for phi in grid.tolist()]
     for run, by_task in zip(batch.runs, returns.tolist(), strict=True):
-        rows = [
-            [batch.epoch, name, step, x] for name, xs in zip(names, by_task, strict=True) for step, x in enumerate(xs)
-        ]
-        batch.write(run, "eval", rows)
+        batch.rows.add(run, "eval", [
+            [batch.epochs_done, name, step, x]
+            for name, by_step in zip(names, by_task, strict=True) for step, x in enumerate(by_step)
+        ])  # fmt: skip
 
 
 def fail(batch, run):
     """Mark a run as failed; returns the line that says so."""
-    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epoch}; "
+    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epochs_done}; "
     line += "try a smaller --beta, --alpha or --delta"
     if batch.ranks.rank == 0:
         checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
@@ -368,10 +377,12 @@ def fail(batch, run):
 class Batch:
     """S runs of one algorithm at the same epoch, trained as one program. Leaves of theta and alpha are (S, 1, ...)."""
 
-    def __init__(self, runs, env, head, sample, device, ranks):
-        self.runs, self.settings, self.epoch = runs, runs[0].settings, runs[0].state["epoch"]
+    def __init__(self, runs, env, head, sample, device, ranks, rows):
+        self.runs, self.settings, self.rows = runs, runs[0].settings, rows
         self.env, self.head, self.sample, self.device, self.ranks = env, head, sample, device, ranks
-        self.seeds = [run.settings["seed"] for run in runs]
+        seeds = [run.settings["seed"] for run in runs]
+        self.keys = {p: sample.placed(envs.stream(seeds, p).keys) for p in (TASKS, MEDIUM, EVALUATION)}
+        self.epoch = sample.placed(numpy.array([self.epochs_done]))  # counted by train_epoch, for random numbers
         stacked = checkpoints.stack([{key: run.state[key] for key in checkpoints.TENSORS} for run in runs], device)
         self.theta = {name: p.requires_grad_() for name, p in stacked["theta"].items()}
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
@@ -385,16 +396,22 @@ class Batch:
         )
         self.learned = [*self.theta.values(), *learned_alpha.values()]
         step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
-        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
-        for i, tensors in stacked["optimizer"].items():
-            self.optimizer.state[self.learned[i]].update(tensors)
-        self.learner = learner_of(self.settings["algo"])
-        self.own = {name: self.own_setting(name) for name in self.learner.settings}
-        self.calls = self.settings["inner_steps"] + self.learner.losses_after  # up to a query's
+        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes, stacked["optimizer"])
+        self.learner, self.schedules = learner_of(self.settings["algo"]), {}
+        names = () if self.learner.each_epoch else self.learner.settings
+        self.learner_options = {name: self.own_setting(name) for name in names}
+        self.draws_per_gradient = self.settings["inner_steps"] + self.learner.losses_after  # up to a query's
         self.meta_learner = self.undirected = self.make_meta_learner()
         if self.settings["delta"] is not None:
-            self.delta = torch.zeros(len(runs), dtype=torch.float64)  # set before every epoch
+            self.delta = torch.zeros(len(runs), dtype=torch.float64, device=device)  # set before every epoch
             self.meta_learner = directed(self.undirected, self.delta)
+
+    @property
+    def epochs_done(self):
+        return self.runs[0].state["epoch"]
+
+    def stream(self, purpose):
+        return envs.Stream(self.keys[purpose], self.epoch)
 
     def make_meta_learner(self):
         """The one that --algo names, without the δ-step."""
@@ -412,43 +429,55 @@ class Batch:
             return values[0]
         return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None]
 
+    def set_schedules(self):
+        """What the host knows of the epoch to come: δ of each run, and e.g. MAML++'s weights of the inner steps."""
+        if self.settings["delta"] is not None:
+            self.delta.copy_(torch.tensor([scheduled_delta(run) for run in self.runs], dtype=torch.float64))
+        of_epoch = self.learner.each_epoch(self.settings, self.epochs_done) if self.learner.each_epoch else {}
+        for name, value in of_epoch.items():
+            if isinstance(value, list):  # in place: a recorded epoch reads the tensor of its recording
+                numbers = torch.tensor(value, dtype=torch.float64)
+                value = self.schedules.setdefault(name, torch.zeros_like(numbers, device=self.device)).copy_(numbers)
+            self.learner_options[name] = value
+
     def switches(self):
         """What the meta-learner takes besides, in this epoch, e.g. MAML++'s order and weights of the inner steps."""
-        if self.learner.each_epoch is None:
-            return self.own
-        return self.learner.each_epoch(self.settings, self.epoch)
+        return self.learner_options
 
     def only(self, kept):
         """The batch of those runs alone for which `kept` holds; None where there are none."""
         self.update_states()
         runs = [run for run, keep in zip(self.runs, kept, strict=True) if keep]
-        return Batch(runs, self.env, self.head, self.sample, self.device, self.ranks) if runs else None
+        return Batch(runs, self.env, self.head, self.sample, self.device, self.ranks, self.rows) if runs else None
 
     def position(self):
         """All of θ, a vector for each run: (S, N)."""
         return torch.cat([p.detach().flatten(1) for p in self.theta.values()], 1)
 
     def update_states(self):
-        state = self.optimizer.state
-        optimizer = {i: dict(state[p]) for i, p in enumerate(self.learned) if p in state}
         alpha = self.alpha if isinstance(self.alpha, dict) else {}
+        tree = {"theta": self.theta, "alpha": alpha, "optimizer": self.optimizer.state}
+        tree = checkpoints.to_cpu(tree)
         for i, run in enumerate(self.runs):
-            run.state |= checkpoints.take({"theta": self.theta, "alpha": alpha, "optimizer": optimizer}, i)
+            run.state |= checkpoints.take(tree, i)
 
     def save(self):
+        self.rows.append()
         if self.ranks.rank == 0:
             self.update_states()
             checkpoints.save(self.runs)
 
     def news(self):
         """What there is to say of the last epoch: algorithm, number of runs, mean return after adaptation."""
-        returns = [run.state["log"][-1][5] for run in self.runs]
-        return self.settings["algo"], len(returns), sum(returns) / len(returns)
+        return self.settings["algo"], len(self.runs), self.mean_return
 
-    def write(self, run, table, rows):
-        run.state[table] += rows
-        if self.ranks.rank == 0:
-            checkpoints.append_rows(run, table, rows)
+
+def scheduled_delta(run):
+    """A run's δ in the epoch to come."""
+    delta, schedule = run.settings["delta"], run.settings["delta_schedule"]
+    if schedule == "decay":
+        return delta / (1 + run.state["epoch"] / 100)
+    return 0.0 if schedule == "converged" and run.state["totals"]["converged"] else delta
 
 
 def new_runs(args, env):
@@ -459,10 +488,13 @@ def new_runs(args, env):
 
 def first_state(settings, env):
     """Where a run begins: the same θ for every algorithm with the same seed."""
-    rng = envs.generators([settings["seed"]], INIT)
-    theta = policies.init(
-        env.obs_dim, policies.make_head(env.actions), rng, settings["hidden"], critic=settings["rl"] == "ac"
-    )
+    stream, calls = envs.stream([settings["seed"]], INIT), itertools.count()
+
+    def uniform(*shape):
+        return torch.from_numpy(envs.uniform(stream, next(calls), range(1), shape))
+
+    head, critic = policies.make_head(env.actions), settings["rl"] == "ac"
+    theta = policies.init(env.obs_dim, head, uniform, settings["hidden"], critic)
     learner, alpha = learner_of(settings["algo"]), {}
     if learner.learns_alpha:
         steps = settings["inner_steps"] if learner.alpha_by_step else None
@@ -470,7 +502,7 @@ def first_state(settings, env):
     optimizer = {}
     if settings["optimizer"] == "adam":
         zeros = [torch.zeros_like(p) for p in (*theta.values(), *alpha.values())]
-        optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z} for i, z in enumerate(zeros)}
+        optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z.clone()} for i, z in enumerate(zeros)}
     totals = {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": math.nan, "converged": False}
     state = {"format": checkpoints.FORMAT, "settings": settings, "epoch": 0, "totals": totals, "log": [], "eval": []}
     return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
@@ -484,8 +516,8 @@ def of_each_run(step_sizes, p):
 class SGD:
     """The plain step p ← p − β p.grad with a β for each run: step_sizes, (S,) for each parameter (S, 1, ...)."""
 
-    def __init__(self, params, step_sizes):
-        self.params, self.step_sizes, self.state = params, step_sizes, {}
+    def __init__(self, params, step_sizes, state):
+        self.params, self.step_sizes, self.state = params, step_sizes, state
 
     @torch.no_grad()
     def step(self):
@@ -493,21 +525,20 @@ class SGD:
             p -= of_each_run(beta, p) * p.grad
 
 
-class Adam:
-    """torch's Adam with a β for each run: p ← p + β u, where u is its step of size 1."""
-
-    def __init__(self, params, step_sizes):
-        self.params, self.step_sizes, self.adam = params, step_sizes, torch.optim.Adam(params, lr=1.0)
-        self.state = self.adam.state
+class Adam(SGD):
+    """torch.optim.Adam with a β for each run (Kingma, Ba 2015), on tensors alone: torch's own asks the host for the
+    number of its steps. state: {index of the parameter: {step, exp_avg, exp_avg_sq}}, changed in place."""
 
     @torch.no_grad()
     def step(self):
-        before = [p.clone() for p in self.params]
-        for p in self.params:
-            p.zero_()  # so that torch's step leaves u itself in p
-        self.adam.step()
-        for p, start, beta in zip(self.params, before, self.step_sizes, strict=True):
-            p.mul_(of_each_run(beta, p)).add_(start)
+        for i, (p, beta) in enumerate(zip(self.params, self.step_sizes, strict=True)):
+            steps, mean, mean_square = (self.state[i][name] for name in ("step", "exp_avg", "exp_avg_sq"))
+            steps += 1
+            mean.lerp_(p.grad, 1 - 0.9)
+            mean_square.mul_(0.999).addcmul_(p.grad, p.grad, value=1 - 0.999)
+            unbiased, unbiased_square = 1 - 0.9 ** steps.double(), 1 - 0.999 ** steps.double()
+            scale = (mean_square / unbiased_square.to(p)).sqrt() + 1e-8
+            p -= of_each_run(beta, p) * (mean / unbiased.to(p)) / scale
 
 
 OPTIMIZERS = {"sgd": SGD, "adam": Adam}

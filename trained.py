@@ -8,6 +8,7 @@ only if the caller names it.
 """
 
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -21,12 +22,10 @@ import torch
 import checkpoints
 import envs
 import maml
-import parallel
 import policies
 from checkpoints import RunError
+from envs import WATCH
 from harness.settings import before_flags, learner_of
-
-WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
 
 
 def load(folder, trusted_env=None):
@@ -110,7 +109,7 @@ class Policy:
         if (phi is None) == (episodes is None):
             raise ValueError("adapt: give either phi or episodes")
         if episodes is None:
-            draw = partial(self.sample, self.check_phi(phi), envs.generators([seed], WATCH))
+            draw = partial(self.sample, self.check_phi(phi), envs.stream([seed], WATCH), itertools.count(1))
             steps = self.inner_steps if steps is None else steps
         else:
             parts = iter([self.trajectories(part) for part in episodes])
@@ -128,13 +127,14 @@ class Policy:
             shown = " ".join(f"{x:g}" for x in phi)
             expected = f"{len(self.env.phi_names)} number(s): {', '.join(self.env.phi_names)}"
             raise ValueError(f"phi {shown}: expected {expected}")
-        return torch.tensor([[list(map(float, phi))]])
+        return np.array([[phi]], np.float32)
 
-    def sample(self, phi, rng, params, num_trajectories=None):
-        """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""
-        noise = envs.draw_noise(self.env, rng, 1, num_trajectories or self.settings["trajectories"])
-        rollout = partial(parallel.rollout_here, self.env, partial(policies.actor, head=self.head))
-        return parallel.with_numpy(rollout, params, phi, noise)
+    def sample(self, phi, stream, calls, params, num_trajectories=None):
+        """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params; the random numbers of the next call."""
+        count = num_trajectories or self.settings["trajectories"]
+        noise = envs.draw_noise(self.env, stream, range(1), count, next(calls))
+        trajectories = envs.rollout(self.env, policies.actor(as_numpy(params), self.head), phi, noise)
+        return {key: torch.from_numpy(x) for key, x in trajectories.items()}
 
     def loss(self, params, trajectories):
         options = {key: self.settings[key] for key in policies.OPTIONS}
@@ -189,10 +189,9 @@ def watch(folder, phi=None, trusted_env=None):
         phi = policy.check_phi(phi)
         print(what_phi_changes(env))
         adapted = policy.adapt(phi[0, 0].tolist())
-        noise_rng = envs.generators([policy.settings["seed"]], WATCH, 1)
-        noise = as_numpy(envs.draw_noise(env, noise_rng, 1, 1))
-        episode = envs.rollout(env, policies.actor(as_numpy(adapted.theta), policy.head), phi.numpy(), noise)
-        pictures = frames(env, phi.numpy(), noise, episode)
+        noise = envs.draw_noise(env, envs.stream([policy.settings["seed"]], WATCH, 1), range(1), 1)
+        episode = envs.rollout(env, policies.actor(as_numpy(adapted.theta), policy.head), phi, noise)
+        pictures = frames(env, phi, noise, episode)
         from PIL import Image
     except ImportError as error:
         raise RunError(f"--watch: {error}; animations need matplotlib: pip install matplotlib") from error
@@ -213,7 +212,7 @@ def what_phi_changes(env, steps=5):
     both ends of Φ from the same start with the same random actions."""
     ends = [env.values[0], env.values[-1]] if env.values else [env.low, env.high]
     env = replace(env, horizon=min(env.horizon, steps + 1))
-    noise = as_numpy(envs.draw_noise(env, envs.generators([0], WATCH, 2), 1, 1))
+    noise = envs.draw_noise(env, envs.stream([0], WATCH, 2), range(1), 1)
     noise = {key: x.repeat(2, 1) for key, x in noise.items()}
     act = (lambda obs, noise: noise.argmax(-1)) if isinstance(env.actions, int) else (lambda obs, noise: noise)
     episode = envs.rollout(env, act, np.array([ends], np.float32), noise)

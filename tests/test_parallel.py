@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,13 @@ import torch
 import torch.distributed as dist
 
 import parallel
-import policies
 from bench import torture
 from checkpoints import Run
-from envs import draw_noise, generators, make, rollout, sample_tasks
-from parallel import CapturedRollout, ProcessError, Workers
+from envs import make, rollout
+from parallel import ProcessError, Workers
 from run import share_out
 from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train, wait_for
-from tests.test_envs import BATCHED, trained_on
+from tests.noise import noise_of, tasks_of
 
 GYM = ["--param", "g", "--range", "5", "15"]
 PENDULUM = ["--env", "Pendulum-v1", *GYM, "--algo", "fomaml", "--workers", "2"]
@@ -83,15 +81,15 @@ def same(ours, theirs):
 def pendulum():
     """An environment, φ and noise for one rollout of S = 1, M = 1, K = 2."""
     env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
-    return env, *in_numpy(sample_tasks(env, generators([0], 1), 1), draw_noise(env, generators([0], 0), 1, 2))
+    return env, *in_numpy(tasks_of(env, [0], 1, 1), noise_of(env, [0], 0, 1, 2))
 
 
 @pytest.fixture(scope="module")
 def lander():
     """An environment, φ, noise and the trajectories of a LunarLander rollout in this process."""
     env = make("lunarlander", horizon=120)
-    noise = draw_noise(env, generators([0, 1], 0), 3, 3)
-    phi, noise = in_numpy(sample_tasks(env, generators([0, 1], 1), 3), noise)
+    noise = noise_of(env, [0, 1], 0, 3, 3)
+    phi, noise = in_numpy(tasks_of(env, [0, 1], 1, 3), noise)
     return env, phi, noise, rollout(env, most_noise, phi, noise)
 
 
@@ -564,19 +562,3 @@ def test_a_signal_to_one_rank_stops_all_after_the_epoch(tmp_path, start_ranks):
     assert len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with: torchrun .. run.py")
     states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
     assert [state["epoch"] for state in states] == [len(rows(log)) for log in tmp_path.rglob("log.csv")]
-
-
-# --- CUDA graphs ---
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", BATCHED)
-def test_a_captured_rollout_is_the_rollout(name):
-    env, head, params, phi, noise = trained_on(name, "cuda")
-    make_act = partial(policies.actor, head=head, xp=torch)
-    captured = CapturedRollout(env, make_act)
-    for _ in range(3):  # captured, replayed, replayed with other inputs
-        eager = rollout(env, make_act(params), phi, noise, torch)
-        for key, x in captured(params, phi, noise).items():
-            torch.testing.assert_close(x, eager[key])
-        phi, noise = phi.flip(1), {key: x.flip(2) for key, x in noise.items()}

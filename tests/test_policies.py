@@ -10,12 +10,14 @@ import torch
 import maml
 import policies
 from policies import ESTIMATORS, LOSSES, Categorical, Gaussian, discounted_sums, surrogate, whiten
+from tests.noise import uniform_of
 
 S, M, K, H, D = 2, 3, 4, 6, 5
 
 
 def seeded(count=S):
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+    """What draws the parameters of runs 0, 1, .."""
+    return uniform_of(range(count))
 
 
 def in_double(params):
@@ -98,7 +100,7 @@ def test_gaussian_is_torchs():
 
 def test_gumbel_noise_makes_actions_as_frequent_as_softmax_says():
     logits = torch.tensor([[[1.0, 0.0, -1.0]]])
-    noise = -torch.empty(1, 100_000, 3).exponential_(generator=seeded()[0]).log()
+    noise = -torch.empty(1, 100_000, 3).exponential_(generator=torch.Generator().manual_seed(0)).log()
     actions = Categorical(3).sample({}, logits, noise)
     counts = torch.bincount(actions.flatten(), minlength=3) / 100_000
     torch.testing.assert_close(counts, logits.softmax(-1)[0, 0], atol=0.006, rtol=0)  # 4 standard errors
@@ -364,7 +366,7 @@ def test_gaussians_std_begins_at_one_with_slope_one_and_rises_smoothly_above_its
 
 @pytest.mark.parametrize("raw", [-9.0, -1.0, 0.0, 2.0])
 def test_gradients_and_hessians_of_the_gaussian_are_those_of_finite_differences(raw):
-    outputs, actions = torch.randn(2, 1, 7, 2, generator=seeded()[0], dtype=torch.float64)
+    outputs, actions = torch.randn(2, 1, 7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def log_prob(x):
         return Gaussian(2).log_prob({"policy.raw_std": x}, outputs, actions)
@@ -381,7 +383,7 @@ def test_gaussians_std_has_a_gradient_at_its_floor_in_float32():
 
 
 def test_numpy_and_torch_take_the_same_std_bit_for_bit():
-    raw = torch.randn(3, 5, 1, 2, generator=seeded()[0])
+    raw = torch.randn(3, 5, 1, 2, generator=torch.Generator().manual_seed(0))
     by_torch = Gaussian(2).std({"policy.raw_std": raw})
     by_numpy = Gaussian(2).std({"policy.raw_std": raw.numpy()}, numpy)
     assert by_numpy.dtype == numpy.float32 and torch.equal(by_torch, torch.from_numpy(by_numpy))
@@ -485,7 +487,8 @@ def test_raw_advantages_of_the_actor_critic_are_discounted_gae():
 
 def test_the_linear_baseline_is_a_ridge_regression_on_the_other_trajectories_of_the_task():
     _, _, batch = example(Categorical(3))
-    obs, mask, x = 8 * batch["obs"], batch["mask"], torch.randn(S, M, K, H, generator=seeded()[0]).double()
+    obs, mask = 8 * batch["obs"], batch["mask"]
+    x = torch.randn(S, M, K, H, generator=torch.Generator().manual_seed(0)).double()
     got = policies.linear_baseline(x, mask.double(), obs)
     clipped = 0
     for s, i, k in itertools.product(range(S), range(M), range(K)):
@@ -570,7 +573,7 @@ def test_baselines_over_trajectories_refuse_a_single_one(baseline):
 
 def test_a_run_that_is_not_finite_leaves_the_linear_baseline_of_the_others_alone():
     _, _, batch = example(Categorical(3))
-    x, mask = torch.randn(S, M, K, H, generator=seeded()[0]).double(), batch["mask"].double()
+    x, mask = torch.randn(S, M, K, H, generator=torch.Generator().manual_seed(0)).double(), batch["mask"].double()
     alone = policies.linear_baseline(x[1:], mask[1:], batch["obs"][1:])
     x[0, 0, 0, 0] = math.nan
     assert torch.equal(policies.linear_baseline(x, mask, batch["obs"])[1:], alone)

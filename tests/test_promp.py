@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 import checkpoints
 import envs
-import parallel
 import policies
 import run
 from tests.commands import refused, rows, train
+from tests.noise import noise_of, rollout_of, tasks_of
 from tests.test_policies import HEADS, K, M, S, example
 
 OPTIONS = {"gamma": 0.9, "baseline": "task", "gae_lambda": 0.8, "advantages": "whitened"}
@@ -167,18 +166,16 @@ def test_an_epoch_is_promp_written_as_loops_over_outer_steps_and_tasks(tmp_path,
     train(tmp_path, *WORDS, *words, env="point", algo=algo, epochs=1)
     settings = checkpoints.load(folder(tmp_path, algo) / "checkpoint.pt")["settings"]
     env = replace(envs.make("point"), horizon=12)
-    head, rng = policies.make_head(env.actions), envs.generators([1], run.TASKS, 0)
+    head = policies.make_head(env.actions)
     theta = run.first_state(settings, env)["theta"]
-    phi = envs.sample_tasks(env, rng, 2)
-    noises = [envs.draw_noise(env, rng, 2, 3) for _ in range(1 if joint else 2)]
+    phi = tasks_of(env, [1], run.TASKS, 2)
+    noises = [noise_of(env, [1], run.TASKS, 2, 3, call) for call in (1, 2)]
     options = {"gamma": 0.99, "baseline": "step"}
 
     def draw(params, i, noise):
         own = {key: x[:, i : i + 1] for key, x in noise.items()}
-        rollout = partial(parallel.rollout_here, env, partial(policies.actor, head=head))
-        return policies.as_drawn(
-            params, parallel.with_numpy(rollout, params, phi[:, i : i + 1], own), head, "pg", **options
-        )
+        trajectories = rollout_of(env, head, params, phi[:, i : i + 1], own)
+        return policies.as_drawn(params, trajectories, head, "pg", **options)
 
     data = [[], []]
     for outer_step in range(3):

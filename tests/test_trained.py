@@ -1,5 +1,6 @@
 """A finished run in Python: load, adapt, act; what is untrusted runs no code; and --watch."""
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -75,9 +76,9 @@ def test_adapting_to_a_task_raises_its_return(tmp_path):
     words = ["--tasks", 5, "--trajectories", 20, "--horizon", 20, "--hidden", 32, "--eval-every", 30]
     train(tmp_path, *words, env="point", algo="maml", epochs=30)
     policy = trained.load(tmp_path / "point-pg/maml/seed1")
-    phi = torch.tensor([[[0.4, -0.4]]])
+    phi = np.array([[[0.4, -0.4]]], np.float32)
     returns = [
-        float(p.sample(phi, envs.generators([7], 0), p.theta, 100)["rewards"].sum(-1).mean())
+        float(p.sample(phi, envs.stream([7], 0), itertools.count(1), p.theta, 100)["rewards"].sum(-1).mean())
         for p in (policy, policy.adapt(phi=[0.4, -0.4], steps=3))
     ]
     assert returns[1] > returns[0] + 0.5
