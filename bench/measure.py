@@ -19,7 +19,7 @@ import run
 from bench import reference
 from harness import log, processes, ranks, sampling
 from harness.log import Rows
-from settings import make_env, parse
+from harness.settings import make_env, parse
 
 WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time
 

@@ -57,22 +57,6 @@ def test_a_baseline_does_nothing_with_raw_advantages_and_is_refused(tmp_path, ca
     assert "--baseline does nothing without --advantages whitened" in line
 
 
-@pytest.mark.parametrize("rl", ["pg", "ac"])
-@pytest.mark.parametrize("words", [["--advantages", "raw"], ["--baseline", "linear"]])
-def test_the_settings_reach_the_loss_and_a_run_alone_equals_itself_in_a_sweep(tmp_path, words, rl):
-    go(tmp_path / "alone", "--rl", rl, "--seed", 2, *words)
-    go(tmp_path / "sweep", "--rl", rl, "--seed", 1, 2, 3, 4, *words)
-    go(tmp_path / "default", "--rl", rl, "--seed", 2)
-    alone, sweep, default = (
-        tmp_path / name / f"cartpole-{rl}" / "maml" / "seed2" for name in ("alone", "sweep", "default")
-    )
-    assert rows(alone) == rows(sweep) and rows(alone, "eval") == rows(sweep, "eval")
-    for name, p in theta(alone).items():
-        assert torch.equal(p, theta(sweep)[name])
-    assert any(not torch.equal(p, theta(default)[name]) for name, p in theta(alone).items())
-    trained.load(alone).adapt(phi=[12.0])  # with the run's own loss
-
-
 # --- joint training ---
 
 
@@ -254,13 +238,3 @@ def test_undirected_runs_have_no_delta_columns_and_a_step_of_length_zero_no_cosi
         assert row["delta_norm"] == row["delta_beta_cosine"] == "" and float(row["beta_norm"]) > 0
     for row in rows(tmp_path / "cartpole-pg" / "directed-maml" / "delta0" / "seed1"):
         assert row["delta_norm"] == "0" and row["delta_beta_cosine"] == "" and float(row["beta_norm"]) > 0
-
-
-@pytest.mark.parametrize("words", [[], ["--medium", "pooled"], ["--oracle"], ["--inner-steps", 0], ["--alpha", 0]])
-def test_every_column_is_the_same_alone_and_in_a_sweep_and_after_resuming(tmp_path, words):
-    go(tmp_path / "alone", "--seed", 3, *words, algo="directed-maml", epochs=3)
-    go(tmp_path / "sweep", "--seed", 1, 2, 3, 4, 5, *words, algo="directed-maml", epochs=2)
-    go(tmp_path / "sweep", "--seed", 1, 2, 3, 4, 5, *words, "--resume", algo="directed-maml", epochs=3)
-    alone, sweep = (tmp_path / x / "cartpole-pg/directed-maml/delta0.005/seed3" for x in ("alone", "sweep"))
-    for table in ("log", "eval"):
-        assert rows(alone, table) == rows(sweep, table)

@@ -11,7 +11,7 @@ import policies
 import run
 from harness import device, ranks, sampling
 from harness.log import Rows
-from settings import ALGORITHMS, make_env, parse
+from harness.settings import algorithms, make_env, parse
 
 FAMILIES = [name for name, env in envs.ENVS.items() if not env.in_workers]
 SIZES = ["--seed", "1", "2", "--tasks", "2", "--trajectories", "4", "--horizon", "5", "--hidden", "8"]
@@ -39,7 +39,7 @@ class NothingOfTheHost(TorchDispatchMode):
         return returned
 
 
-EPOCHS = [("--algo", algo) for algo in ALGORITHMS]
+EPOCHS = [("--algo", algo) for algo in algorithms()]
 EPOCHS += [("--env", env, "--algo", "directed-maml", "--rl", rl) for env in FAMILIES for rl in policies.LOSSES]
 EPOCHS += [("--algo", "directed-maml", *words.split()) for words in (
     "--optimizer adam", "--outer-steps 3 --clip 0.2 --kl-penalty 0.1", "--oracle", "--inner-steps 0", "--inner-steps 2",
