@@ -6,14 +6,10 @@ directed.py.
 """
 
 import contextlib
-import itertools
-import math
 import os
-import platform
 import shlex
 import sys
 import time
-from collections import defaultdict
 from functools import partial
 
 # Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
@@ -22,7 +18,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Read by torch's MKL: its products have the same bits wherever in memory, so in whatever batch, a matrix is.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-import gymnasium
 import numpy
 import torch
 
@@ -31,25 +26,24 @@ import envs
 import maml
 import policies
 import trained
-from checkpoints import Run, RunError
+from checkpoints import RunError
 from directed import directed
-from envs import EVALUATION, INIT, MEDIUM, TASKS
+from envs import EVALUATION, MEDIUM, TASKS
 from harness import processes, report
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
-from harness.log import Rows, fetched, log_epoch, measure
+from harness.log import Rows, fail, fetched, log_epoch, measure
 from harness.optimizers import OPTIMIZERS
 from harness.ranks import check_ranks
 from harness.sampling import open_sampler
 from harness.settings import (
-    before_flags,
     check_memory,
     folder_of_all,
     learner_of,
     make_env,
     parse,
-    plan,
 )
+from harness.start import begin, new_runs
 
 NOTHING = contextlib.nullcontext()
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
@@ -102,17 +96,8 @@ def train_all(runs, env, args, ranks):
         trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
         samplers = min(workers // trainers, trajectories)  # for each trainer, if gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
-        failures = processes.run_jobs(work, share_out(runs, trainers), trainers, progress.update, signals)
+        failures = processes.run_jobs(work, processes.share_out(runs, trainers), trainers, progress.update, signals)
     return failures, signals
-
-
-def share_out(runs, count):
-    """The runs as jobs for `count` processes. A job is one batch: runs of one algorithm at the same epoch."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.settings["algo"], run.state["epoch"]].append(run)
-    parts = count // math.gcd(count, len(groups))  # the fewest that give all processes equally many jobs
-    return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
 
 
 def train_together(runs, tell, args, env, device, samplers, ranks):
@@ -142,6 +127,7 @@ def train(batch, epochs, eval_every, tell):
         finite = log_epoch(batch, measured, time.perf_counter() - start)
         stopping = batch.ranks.any(tell(batch.news()))
         if not all(finite):
+            batch.rows.append()
             failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
             batch = batch.only(finite)
         if batch and (batch.epochs_done % eval_every == 0 or batch.epochs_done == epochs):
@@ -300,15 +286,6 @@ def evaluate(batch):
         ])  # fmt: skip
 
 
-def fail(batch, run):
-    """Mark a run as failed; returns the line that says so."""
-    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epochs_done}; "
-    line += "try a smaller --beta, --alpha or --delta"
-    if batch.ranks.rank == 0:
-        checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
-    return line
-
-
 # --- a batch of runs ---
 
 
@@ -412,42 +389,6 @@ def scheduled_delta(run):
     if schedule == "decay":
         return delta / (1 + run.state["epoch"] / 100)
     return 0.0 if schedule == "converged" and run.state["totals"]["converged"] else delta
-
-
-def new_runs(args, env):
-    """All runs of a command, at their first state."""
-    planned = [pair for algo in args.algo for pair in plan(args, algo, env)]
-    return [Run(folder, own, first_state(own, env), before_flags(own, env)) for folder, own in planned]
-
-
-def first_state(settings, env):
-    """Where a run begins: the same θ for every algorithm with the same seed."""
-    stream, calls = envs.stream([settings["seed"]], INIT), itertools.count()
-
-    def uniform(*shape):
-        return torch.from_numpy(envs.uniform(stream, next(calls), range(1), shape))
-
-    head, critic = policies.make_head(env.actions), settings["rl"] in policies.CRITIC
-    theta = policies.init(env.obs_dim, head, uniform, settings["hidden"], critic)
-    learner, alpha = learner_of(settings["algo"]), {}
-    if learner.learns_alpha:
-        steps = settings["inner_steps"] if learner.alpha_by_step else None
-        alpha = maml.learned_alpha(theta, settings["alpha"], steps)
-    optimizer = {}
-    if settings["optimizer"] == "adam":
-        zeros = [torch.zeros_like(p) for p in (*theta.values(), *alpha.values())]
-        optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z.clone()} for i, z in enumerate(zeros)}
-    totals = {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": math.nan, "converged": False}
-    state = {"format": checkpoints.FORMAT, "settings": settings, "epoch": 0, "totals": totals, "log": [], "eval": []}
-    return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
-
-
-def begin(run, args, env, device, runs_in_batch):
-    """Make the run's folder ready, with everything that somebody needs to repeat the run in config.json."""
-    versions = {m.__name__: m.__version__ for m in (torch, gymnasium, numpy)} | {"python": platform.python_version()}
-    here = {"epochs": args.epochs, "eval_every": args.eval_every, "threshold": args.threshold, "device": device}
-    here |= {"phi_names": list(env.phi_names), "runs_in_batch": runs_in_batch, "versions": versions}
-    checkpoints.begin(run, run.settings | here, {args.epochs, *range(0, args.epochs, args.eval_every)})
 
 
 def finish(failures, args):

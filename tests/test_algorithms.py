@@ -10,6 +10,7 @@ import maml
 import run
 import trained
 from harness.settings import ALL_SETTINGS, SETTINGS, Setting, make_env, owner_of, parse, plan
+from harness.start import first_state
 from tests.commands import refused, rows, train
 
 STILL = ["--beta", 1e-30]  # θ stays where it began
@@ -61,7 +62,7 @@ def test_an_added_learner_trains_resumes_evaluates_and_is_loaded(tmp_path, added
     train(tmp_path / "straight", *words, env="point", algo=algo, epochs=2)
     train(tmp_path / "stopped", *words, env="point", algo=algo, epochs=1)
     (first,) = (path.parent for path in (tmp_path / "stopped").rglob("checkpoint.pt"))
-    start = run.first_state(state(first)["settings"], envs.make("point", horizon=12))["theta"]
+    start = first_state(state(first)["settings"], envs.make("point", horizon=12))["theta"]
     for name, p in state(first)["theta"].items():  # its default β, times the signs' factor
         torch.testing.assert_close((p - start[name]).abs(), torch.full_like(p, 0.25 * 0.5), rtol=1e-5, atol=1e-6)
     train(tmp_path / "stopped", *words, "--resume", env="point", algo=algo, epochs=2)
