@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from gyms import Gymnasium, check_spaces, first_line, flattened, hint, numbers_of, parameter
+from harness.gyms import Gymnasium, check_spaces, first_line, flattened, hint, numbers_of, parameter
 
 # --- randomness: one generator per run, set anew for every purpose ---
 
@@ -59,10 +59,7 @@ class Env:
     dynamics: Callable
     defaults: dict = field(default_factory=dict)  # run.py's settings, where this family has others
     task_dist: str = "uniform"  # ρ over Φ, one of TASK_DISTS
-    draw: Callable | str | None = None  # (axes, obs so far (t, D), φ (P,)): draws the last one with matplotlib; or the
-    #     id of the gymnasium environment that renders these states; None: observations against time
     values: tuple[tuple[float, ...], ...] = ()  # the tasks, where they are a list: ρ is uniform over it, Φ holds it
-    dt: float = 0.1  # s between two states, as they are shown
     phi_observed: bool = False  # rollouts add φ, scaled to [−1, 1] over Φ, to the end of every observation
 
     @property
@@ -125,21 +122,9 @@ def point(phi, noise, xp):
     return xp.zeros_like(noise), step
 
 
-def draw_point(axes, obs, phi):
-    axes.plot(*obs.T, color="#0072B2", marker="o", markersize=3, label="path")
-    axes.plot(*phi, "*", color="#D55E00", markersize=14, label="goal")
-    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
-
-
 # A body on a line, at rest at first, changes its velocity v by the action (m/s); φ = target v*; reward −(v − v*)².
 # The same arithmetic as the point's, in one dimension.
 velocity = point
-
-
-def draw_velocity(axes, obs, phi):
-    axes.plot(obs[:, 0], color="#0072B2", marker="o", markersize=3, label="velocity")
-    axes.axhline(phi[0], color="#D55E00", linestyle="--", label="target")
-    axes.set(xlabel="step", ylabel="velocity (m/s)")
 
 
 CROSSING_UNIT = 50.0  # m: the crossing's positions in units near 1, as networks want them
@@ -168,35 +153,42 @@ def crossing(phi, noise, xp):
     return start, step
 
 
-def draw_crossing(axes, obs, phi):
-    x, y = obs[-1] * [CROSSING_UNIT, -CROSSING_UNIT]  # m
-    axes.axhspan(-2, 2, color="0.9")
-    axes.axvspan(-2, 2, color="0.9")
-    axes.plot(0, y, "^", color="#0072B2", markersize=14, label="vehicle 1, the policy's")
-    axes.plot(x, 0, ">", color="#D55E00", markersize=14, label=f"vehicle 2, {phi[0]:g} m/s")
-    axes.set(xlim=(-50, 50), ylim=(-50, 50), xlabel="east (m)", ylabel="north (m)")
-
-
+# fmt: off
 ENVS = {
     "cartpole": Env(
-        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200, obs_dim=4, actions=2, reset_noise=4,
-        dynamics=cartpole, draw="CartPole-v1", defaults={"threshold": 175.0, "epochs": 400},
+        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200,
+        obs_dim=4, actions=2, reset_noise=4, dynamics=cartpole,
+        defaults={"threshold": 175.0, "epochs": 400},
     ),
     "lunarlander": Env(  # its attribute is the vertical component, −φ
-        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400, obs_dim=8, actions=4, reset_noise=1,
+        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400,
+        obs_dim=8, actions=4, reset_noise=1,
         dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0, defaults={"gravity": 10.0}),
         defaults={"threshold": 75.0},
     ),
     "crossing": Env(
-        phi_names=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,
-        actions=((0.0,), (15.0,)), dynamics=crossing, draw=draw_crossing,
-        defaults={"alpha": 0.003, "beta": 0.0005, "delta": 0.0025, "baseline": "step", "threshold": 38.0, "epochs":
-        400}, ), "point": Env( phi_names=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20,
-        obs_dim=2, reset_noise=2, actions=((-0.1, -0.1), (0.1, 0.1)), dynamics=point, draw=draw_point,
-        defaults={"alpha": 0.03, "baseline": "step", "threshold": -2.0, "epochs": 200}, ), "velocity": Env(
-        phi_names=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20, obs_dim=1, reset_noise=1,
-        actions=((-0.5,), (0.5,)), dynamics=velocity, draw=draw_velocity, defaults={ "alpha": 0.01, "beta": 0.0003,
-        "delta": 0.0015, "baseline": "step", "threshold": -5.0, "epochs": 200, }, ), }  # fmt: skip
+        phi_names=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60,
+        obs_dim=2, actions=((0.0,), (15.0,)), reset_noise=2, dynamics=crossing,
+        defaults={
+            "alpha": 0.003, "beta": 0.0005, "delta": 0.0025, "baseline": "step", "threshold": 38.0,
+            "epochs": 400,
+        },
+    ),
+    "point": Env(
+        phi_names=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20,
+        obs_dim=2, actions=((-0.1, -0.1), (0.1, 0.1)), reset_noise=2, dynamics=point,
+        defaults={"alpha": 0.03, "baseline": "step", "threshold": -2.0, "epochs": 200},
+    ),
+    "velocity": Env(
+        phi_names=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20,
+        obs_dim=1, actions=((-0.5,), (0.5,)), reset_noise=1, dynamics=velocity,
+        defaults={
+            "alpha": 0.01, "beta": 0.0003, "delta": 0.0015, "baseline": "step", "threshold": -5.0,
+            "epochs": 200,
+        },
+    ),
+}
+# fmt: on
 
 
 def make(name, names=None, bounds=None, horizon=None, values=None):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import write_atomically
+from harness.checkpoints import write_atomically
 from measures import (
     CRITERIA,
     EMA,

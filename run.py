@@ -27,7 +27,6 @@ import numpy
 import torch
 from tqdm import tqdm
 
-import checkpoints
 import envs
 import learners
 import maml
@@ -35,9 +34,9 @@ import measures
 import parallel
 import policies
 import report
-import trained
-from checkpoints import Run, RunError
 from directed import directed
+from harness import checkpoints, watch
+from harness.checkpoints import Run, RunError
 from settings import ALL_SETTINGS, LEARNED_ALPHA, check_memory, default_of, folder_of_all, make_env, parse, plan
 
 NOTHING = contextlib.nullcontext()
@@ -51,7 +50,7 @@ def main(argv=None):
     with one_clear_line() as ranks:
         args = parse(argv)
         if args.watch is not None:
-            return print(trained.watch(args.watch, args.phi, args.env))
+            return print(watch.watch(args.watch, args.phi, args.env))
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)

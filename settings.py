@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import checkpoints
 import envs
 import maml
 import parallel
 import policies
-from checkpoints import RunError
+from harness import checkpoints
+from harness.checkpoints import RunError
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoints
 import envs
 import maml
 import run
-import trained
 from bench import replay
 from bench.measure import Configuration, in_fresh_processes, measure, median_epoch, opened, profile, time_epoch
+from harness import checkpoints, trained
 from settings import ALGORITHMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent

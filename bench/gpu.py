@@ -21,7 +21,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoints
 import envs
 import policies
 import report
@@ -36,6 +35,7 @@ from bench.measure import (
     repeat,
     time_epoch,
 )
+from harness import checkpoints
 
 REPOSITORY = Path(__file__).parent.parent
 LIMIT = 480  # s after which no further part or row begins

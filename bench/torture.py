@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoints
 import envs
 import run
 from bench import fuzz
+from harness import checkpoints
 from settings import ALGORITHMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
 import envs
 import maml
 import report
 import run
 from bench import measure
+from harness import checkpoints
 
 REPEATS, SEEDS = 60, range(1, 11)
 ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
 import run
 from bench import torture
+from harness import checkpoints
 from tests.commands import refused, rows, snapshot, train
 
 RUN = "cartpole-pg/fomaml/seed1"

@@ -7,12 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-import checkpoints
 import envs
 import parallel
 import policies
 import run
-import trained
+from harness import checkpoints, trained
 
 SMALL = ["--tasks", "2", "--trajectories", "4", "--horizon", "12", "--hidden", "8", "--eval-every", "2", "--quiet"]
 

@@ -63,7 +63,7 @@ def use_alone(folder, program):
 
 def test_a_module_copied_into_an_empty_folder_works(tmp_path):
     """And one that needs a package or a module of ours does not."""
-    for module, program in (*USES.items(), ("measures", "import measures"), ("trained", "import trained")):
+    for module, program in (*USES.items(), ("measures", "import measures"), ("run", "import run")):
         folder = tmp_path / module
         folder.mkdir()
         for name in [module, *COPIED_WITH.get(module, [])]:

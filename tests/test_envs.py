@@ -14,7 +14,7 @@ import envs
 import maml
 import policies
 from envs import ENVS, draw_noise, generators, held_out_tasks, make, medium_task, sample_tasks
-from gyms import Gymnasium
+from harness.gyms import Gymnasium
 
 CARTPOLE = ENVS["cartpole"]
 BATCHED = [name for name, env in ENVS.items() if not env.in_workers]

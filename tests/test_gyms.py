@@ -12,8 +12,8 @@ from gymnasium import spaces
 
 import envs
 import run
-import trained
 from envs import make
+from harness import trained, watch
 from settings import make_env, parse, plan
 from tests.commands import REPOSITORY, refused, rows, train
 
@@ -288,7 +288,7 @@ def test_what_phi_changes_is_what_a_plain_loop_over_gymnasium_sees():
         seen.append((start, steps[-1][0][3], sum(step[1] for step in steps)))
     (start_low, low, paid_low), (start_high, high, paid_high) = seen
     assert start_low > low > high and start_high > high
-    said = trained.what_phi_changes(env)
+    said = watch.what_phi_changes(env)
     assert said.startswith("gravity (m/s²) = 5 | 15: after 5 equal random actions observation ")
     assert f"observation 3 went {start_low:.4g} → {low:.4g} | {start_high:.4g} → {high:.4g}" in said
     assert said.endswith(f"the rewards sum to {paid_low:.4g} | {paid_high:.4g}")

@@ -19,8 +19,8 @@ import torch.distributed as dist
 import parallel
 import policies
 from bench import torture
-from checkpoints import Run
 from envs import draw_noise, generators, make, rollout, sample_tasks
+from harness.checkpoints import Run
 from parallel import CapturedRollout, ProcessError, Workers
 from run import share_out
 from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train, wait_for

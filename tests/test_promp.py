@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
-import checkpoints
 import envs
 import parallel
 import policies
 import run
+from harness import checkpoints
 from tests.commands import refused, rows, train
 from tests.test_policies import HEADS, K, M, S, example
 

@@ -15,7 +15,7 @@ import policies
 import run
 import settings
 from bench.gpu import same_noise
-from checkpoints import TABLES, Run
+from harness.checkpoints import TABLES, Run
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 

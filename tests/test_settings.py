@@ -5,7 +5,7 @@ import json
 import pytest
 
 import run
-from checkpoints import RunError
+from harness.checkpoints import RunError
 from settings import ALL_SETTINGS, SETTINGS, make_env, parse, plan
 from tests.commands import train
 

@@ -1,6 +1,5 @@
-"""A finished run in Python: load, adapt, act; what is untrusted runs no code; and --watch."""
+"""A finished run in Python: load, adapt, act; what is untrusted runs no code."""
 
-import os
 from dataclasses import replace
 
 import gymnasium
@@ -10,25 +9,12 @@ import torch
 
 import envs
 import run
-import trained
-from checkpoints import RunError
-from tests.commands import rows, snapshot, train
+from harness import trained
+from harness.checkpoints import RunError
+from tests.commands import rows, train
 from tests.test_checkpoints import changed, empty, hostile, saved, state_with
 
-GYM = ["--param", "g", "--range", "5", "15"]
 RUN = "cartpole-pg/fomaml/seed1"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A folder with runs of one epoch: CartPole by policy gradient; velocity by actor-critic and Meta-SGD; Pendulum."""
-    out = tmp_path_factory.mktemp("small")
-    train(out, epochs=1)
-    train(out, "--rl", "ac", "--horizon", 5, env="velocity", algo="meta-sgd", epochs=1)
-    train(out, *GYM, "--workers", 0, env="Pendulum-v1", epochs=1)
-    return out
-
-
 CARTPOLE, VELOCITY, PENDULUM = RUN, "velocity-ac/meta-sgd/seed1", "Pendulum-v1-pg/fomaml/seed1"
 
 
@@ -42,12 +28,6 @@ def balancing(tmp_path_factory):
 
 
 # --- it learned ---
-
-
-def test_cartpole_learns_in_few_epochs(balancing):
-    log = rows(balancing / "log.csv")
-    first, last = (sum(float(row["return_post"]) for row in part) / 5 for part in (log[:5], log[-5:]))
-    assert first < 40 and last > 2 * first
 
 
 def test_adapted_to_gravity_12_it_balances_gymnasiums_cartpole_as_long_as_eval_csv_says(balancing):
@@ -68,19 +48,6 @@ def test_adapted_to_gravity_12_it_balances_gymnasiums_cartpole_as_long_as_eval_c
     )  # of the difference of two means of 40 episodes: of two tasks there
     assert abs(np.mean(lengths) - (evaluation["11.5", "1"] + evaluation["12.5", "1"]) / 2) < 4 * error
     assert np.mean(lengths) > 60  # a random policy falls after 20 steps
-
-
-def test_adapting_to_a_task_raises_its_return(tmp_path):
-    """point: from the mean of all goals to one goal, by 100 trajectories of the goal's task."""
-    words = ["--tasks", 5, "--trajectories", 20, "--horizon", 20, "--hidden", 32, "--eval-every", 30]
-    train(tmp_path, *words, env="point", algo="maml", epochs=30)
-    policy = trained.load(tmp_path / "point-pg/maml/seed1")
-    phi = torch.tensor([[[0.4, -0.4]]])
-    returns = [
-        float(p.sample(phi, envs.generators([7], 0), p.theta, 100)["rewards"].sum(-1).mean())
-        for p in (policy, policy.adapt(phi=[0.4, -0.4], steps=3))
-    ]
-    assert returns[1] > returns[0] + 0.5
 
 
 # --- act ---
@@ -251,101 +218,3 @@ def test_an_environment_that_is_a_modules_code_is_made_only_if_the_caller_names_
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "ran").exists()
     assert trained.load(tmp_path, name).env.obs_dim == 3 and (tmp_path / "ran").exists()
-
-
-def test_a_damaged_run_to_watch_is_one_line_and_nothing_is_written(small, capsys, tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes((small / RUN / "checkpoint.pt").read_bytes())
-    settings_with(rl="x")(path)
-    before = snapshot(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run.main(["--watch", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "not those of a run" in error
-    assert snapshot(tmp_path) == before
-
-
-# --- watch ---
-
-
-def frames_of(path):
-    image = pytest.importorskip("PIL.Image")
-    with image.open(path) as animation:
-        return animation.n_frames
-
-
-@pytest.mark.parametrize(
-    ("folder", "phi", "name"),
-    [(CARTPOLE, [12], "watch-12.gif"), (VELOCITY, [], "watch-1.gif"), (PENDULUM, [], "watch-10.gif")],
-)
-def test_a_run_is_watched_after_adaptation_on_the_mean_task_by_default(small, capsys, folder, phi, name):
-    run.main(["--watch", str(small / folder), *(["--phi", *map(str, phi)] if phi else [])])
-    out = capsys.readouterr().out
-    assert str(small / folder / name) in out and frames_of(small / folder / name) > 3
-
-
-def test_an_animation_plays_at_the_environments_own_speed(small):
-    """CartPole's gymnasium renders 50 frames a second, Pendulum's 30, which a GIF rounds; velocity has dt = 0.1 s."""
-    assert [trained.milliseconds(trained.load(small / x).env) for x in (CARTPOLE, PENDULUM, VELOCITY)] == [20, 30, 100]
-    trained.watch(small / VELOCITY, [1.5])
-    image = pytest.importorskip("PIL.Image")
-    with image.open(small / VELOCITY / "watch-1.5.gif") as animation:
-        times = [animation.seek(i) or animation.info["duration"] for i in range(animation.n_frames)]
-    assert sum(times) == 100 * 6  # 5 steps and the start
-
-
-def test_the_axes_of_all_pictures_are_those_of_the_whole_episode(monkeypatch):
-    """A velocity that grows to 9, and a legend outside of the axes."""
-    plt = pytest.importorskip("matplotlib.pyplot")
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
-    obs = 3 * np.arange(3.0).reshape(1, 1, 1, 3, 1)
-    episode = {"obs": obs, "mask": np.ones((1, 1, 1, 3), bool), "last_obs": np.full((1, 1, 1, 1), 9.0)}
-    assert len(trained.draw_frames(envs.ENVS["velocity"], np.array([[[1.0]]]), episode)) == len(figures) - 1 == 4
-    for figure in figures:
-        [axes], [legend] = figure.axes, figure.legends
-        (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
-        assert low <= 0 < 9 <= high and left <= 0 < 3 <= right and (low, high) == figures[0].axes[0].get_ylim()
-        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
-    monkeypatch.undo()
-    plt.close("all")
-
-
-@pytest.mark.parametrize(("env", "name"), [("crossing", "watch-10.gif"), ("point", "watch-0_0.gif")])
-def test_the_other_families_draw_themselves(tmp_path, env, name):
-    train(tmp_path, "--horizon", 2, env=env, epochs=1)
-    trained.watch(tmp_path / f"{env}-pg/fomaml/seed1")
-    assert frames_of(tmp_path / f"{env}-pg/fomaml/seed1" / name) == 3  # 2 steps
-
-
-def test_a_family_that_draws_nothing_shows_its_observations_against_time(tmp_path, monkeypatch):
-    """A point in space: three observations, as no family of ours has."""
-    space = replace(
-        envs.ENVS["point"], phi_names=("x", "y", "z"), low=(-0.5,) * 3, high=(0.5,) * 3, obs_dim=3, reset_noise=3,
-        actions=((-0.1,) * 3, (0.1,) * 3), draw=None,
-    )  # fmt: skip
-    monkeypatch.setitem(envs.ENVS, "space", space)
-    train(tmp_path, "--horizon", 2, env="space", epochs=1)
-    folder = tmp_path / "space-pg/fomaml/seed1"
-    assert "2 steps, return " in trained.watch(folder, [0.1, 0.2, 0.3])
-    assert frames_of(folder / "watch-0.1_0.2_0.3.gif") == 3
-
-
-@pytest.mark.parametrize("words", [["--phi", "1", "2"], ["--phi", "9", "9", "9"]])
-def test_a_task_of_another_shape_is_refused_in_one_line(small, capsys, words):
-    with pytest.raises(SystemExit) as stop:
-        run.main(["--watch", str(small / RUN), *words])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert f"{' '.join(words)}: expected 1 number(s): gravity" in error
-
-
-@pytest.mark.skipif(os.name == "nt", reason="symbolic links")
-def test_a_link_in_an_untrusted_folder_is_replaced_by_the_animation_and_not_followed(small, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes((small / CARTPOLE / "checkpoint.pt").read_bytes())
-    outside = tmp_path / "outside"
-    outside.write_text("mine")
-    for name in ("watch-10.gif", "watch-10.gif.tmp"):
-        (tmp_path / name).symlink_to(outside)
-    trained.watch(tmp_path)
-    assert outside.read_text() == "mine" and frames_of(tmp_path / "watch-10.gif") > 3

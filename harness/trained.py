@@ -1,4 +1,4 @@
-"""Use a finished run: load it, adapt its policy to a new task or to episodes of your own, act, and watch it.
+"""Use a finished run: load it, adapt its policy to a new task or to episodes of your own, and act.
 
     policy = load("runs/cartpole-pg/directed-fomaml/delta0.005/seed1").adapt(phi=[12.0])
     action = policy.act(observation)
@@ -7,10 +7,6 @@ Untrusted runs are safe to open: a checkpoint is data, and an environment `modul
 only if the caller names it.
 """
 
-import io
-import os
-import sys
-import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoints
 import envs
 import learners
 import maml
-import parallel
 import policies
-from checkpoints import RunError
+from harness import checkpoints
+from harness.checkpoints import RunError
 
 WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
 
@@ -132,8 +127,9 @@ class Policy:
     def sample(self, phi, rng, params, num_trajectories=None):
         """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""
         noise = envs.draw_noise(self.env, rng, 1, num_trajectories or self.settings["trajectories"])
-        rollout = partial(parallel.rollout_here, self.env, partial(policies.actor, head=self.head))
-        return parallel.with_numpy(rollout, params, phi, noise)
+        act = policies.actor(as_numpy(params), self.head)
+        episodes = envs.rollout(self.env, act, phi.numpy(), as_numpy(noise))
+        return {key: torch.from_numpy(x) for key, x in episodes.items()}
 
     def loss(self, params, trajectories):
         options = {key: self.settings[key] for key in policies.OPTIONS}
@@ -172,153 +168,3 @@ class Policy:
 
 def as_numpy(tensors):
     return {key: x.detach().numpy() for key, x in tensors.items()}
-
-
-# --- watch ---
-
-
-def watch(folder, phi=None, trusted_env=None):
-    """One episode of a run's policy, adapted to φ (default: the mean task), as a GIF in its folder, and in a window
-    where there is a display. Returns what to tell the user. Raises RunError."""
-    policy = load(folder, trusted_env)
-    env = policy.env
-    mean = envs.mean_task(env)
-    phi = (mean if envs.mixes(env) or tuple(mean) in env.values else env.values[0]) if phi is None else phi
-    try:
-        phi = policy.check_phi(phi)
-        print(what_phi_changes(env))
-        adapted = policy.adapt(phi[0, 0].tolist())
-        noise_rng = envs.generators([policy.settings["seed"]], WATCH, 1)
-        noise = as_numpy(envs.draw_noise(env, noise_rng, 1, 1))
-        episode = envs.rollout(env, policies.actor(as_numpy(adapted.theta), policy.head), phi.numpy(), noise)
-        pictures = frames(env, phi.numpy(), noise, episode)
-        from PIL import Image
-    except ImportError as error:
-        raise RunError(f"--watch: {error}; animations need matplotlib: pip install matplotlib") from error
-    except ValueError as error:
-        raise RunError(f"--{error}", 2) from error
-    images = [Image.fromarray(picture) for picture in pictures]
-    images = [image.resize((image.width // 2, image.height // 2)) for image in images]
-    animation = io.BytesIO()
-    images[0].save(animation, format="GIF", save_all=True, append_images=images[1:], duration=milliseconds(env), loop=0)
-    path = Path(folder) / f"watch-{'_'.join(f'{x:g}' for x in phi.flatten().tolist())}.gif"
-    checkpoints.write_atomically(path, animation.getvalue())
-    length, total = int(episode["mask"].sum()), float(episode["rewards"].sum())
-    return f"{length} steps, return {total:.4g} after {policy.inner_steps} inner step(s); wrote {path}"
-
-
-def what_phi_changes(env, steps=5):
-    """What tells tasks apart at first, as text: the observations that differ most, and the rewards, after some steps at
-    both ends of Φ from the same start with the same random actions."""
-    ends = [env.values[0], env.values[-1]] if env.values else [env.low, env.high]
-    env = replace(env, horizon=min(env.horizon, steps + 1))
-    noise = as_numpy(envs.draw_noise(env, envs.generators([0], WATCH, 2), 1, 1))
-    noise = {key: x.repeat(2, 1) for key, x in noise.items()}
-    act = (lambda obs, noise: noise.argmax(-1)) if isinstance(env.actions, int) else (lambda obs, noise: noise)
-    episode = envs.rollout(env, act, np.array([ends], np.float32), noise)
-    steps = int(episode["mask"].sum(-1).min()) - 1  # both episodes still run
-    seen = episode["obs"][0, :, 0, :, : env.obs_dim - len(env.phi_names) * env.phi_observed]  # (2, H, D)
-    start, obs = seen[:, 0], seen[:, steps]
-    paid = episode["rewards"][0, :, 0, :steps].sum(-1)
-    apart = abs(obs[1] - obs[0])
-    most = [i for i in np.argsort(-apart)[:3] if apart[i] > 0]
-    parts = [
-        f"observation {i} went {' | '.join(f'{a[i]:.4g} → {b[i]:.4g}' for a, b in zip(start, obs, strict=True))}"
-        for i in most
-    ]
-    phi = " | ".join(" ".join(f"{x:g}" for x in end) for end in ends)
-    parts = ", ".join(parts or ["no observation differs"])
-    first = f"{', '.join(env.phi_names)} = {phi}: after {steps} equal random actions"
-    return f"{first} {parts}; the rewards sum to {paid[0]:.4g} | {paid[1]:.4g}"
-
-
-def milliseconds(env):
-    """Of a step on the environment's own clock: gymnasium's render_fps, or the family's dt. In tens, and 20 or more,
-    which is what a GIF can say and viewers obey."""
-    env_id = env.draw if isinstance(env.draw, str) else env.dynamics.env_id if env.in_workers else None
-    step = 1000 * env.dt
-    if env_id is not None:
-        made = envs.gymnasium.make(env_id)
-        step = 1000 / (made.metadata.get("render_fps") or 20)
-        made.close()
-    return max(round(step / 10), 2) * 10
-
-
-def frames(env, phi, noise, episode):
-    """The episode (S = M = K = 1) as pictures (height, width, 3): as gymnasium renders it, or as the family's
-    `draw`."""
-    if env.phi_observed:
-        state = env.obs_dim - len(env.phi_names)
-        episode = episode | {key: episode[key][..., :state] for key in ("obs", "last_obs")}
-    if not (isinstance(env.draw, str) or env.in_workers):
-        return draw_frames(env, phi, episode)
-    windows = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    if not windows:
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    draw = render_states if isinstance(env.draw, str) else partial(replay, phi=phi, noise=noise)
-    name = env.draw or env.dynamics.env_id
-    try:
-        with warnings.catch_warnings(action="ignore"):  # glfw warns of what the error below says
-            for mode in ["human", "rgb_array"] if windows else ["rgb_array"]:
-                pictures = draw(env, episode=episode, mode=mode)
-        if not all(isinstance(picture, np.ndarray) for picture in pictures):
-            raise TypeError("render returns no picture")
-    except Exception as error:  # whatever an environment or its graphics library may raise
-        remedy = "it needs the render_mode rgb_array; MuJoCo without a display needs MUJOCO_GL=egl, or osmesa"
-        raise RunError(f"--watch: {name} cannot be rendered here ({envs.first_line(error)}); {remedy}") from error
-    return pictures
-
-
-def render_states(env, episode, mode):
-    """By the gymnasium environment `env.draw`, set to every state."""
-    shown = envs.gymnasium.make(env.draw, render_mode=mode).unwrapped
-    pictures = []
-    for state in episode["obs"][episode["mask"]]:
-        shown.state = state
-        pictures.append(shown.render())
-    shown.close()
-    return pictures
-
-
-def replay(env, episode, mode, phi, noise):
-    """By the gymnasium environment itself, in a rollout with the episode's actions."""
-    shown = env.dynamics.rendered(mode)
-    pictures, actions = [], iter(episode["actions"][episode["mask"]])
-
-    def act(obs, noise):
-        pictures.append(shown.instances[0].render())
-        return next(actions)[None, None]
-
-    envs.rollout(replace(env, dynamics=shown, horizon=int(episode["mask"].sum())), act, phi,
-                 noise | {"action": noise["action"][:, :, :, : int(episode["mask"].sum())]})  # fmt: skip
-    shown.instances[0].close()
-    return pictures
-
-
-def draw_frames(env, phi, episode):
-    """With matplotlib, by the task family's `draw`; observations against time where it has none."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    length = int(episode["mask"].sum())
-    obs = np.concatenate([episode["obs"][0, 0, 0, :length], episode["last_obs"][0, 0]])
-    pictures, limits = [], None
-    for t in (len(obs), *range(1, len(obs) + 1)):  # first the whole episode, whose axes are those of all pictures
-        figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-        (env.draw or draw_observations)(axes, obs[:t], phi.flatten().tolist())
-        limits = limits or {"xlim": axes.get_xlim(), "ylim": axes.get_ylim()}
-        axes.set(**limits)
-        figure.legend(loc="outside lower center", ncols=4)  # covers nothing
-        figure.canvas.draw()
-        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-        plt.close(figure)
-    return pictures[1:]
-
-
-def draw_observations(axes, obs, phi):
-    """Against time; a legend for as many as one can tell apart."""
-    for i, values in enumerate(obs.T):
-        axes.plot(values, label=f"observation {i}" if len(obs.T) <= 12 else None)
-    axes.set(xlabel="step", title=f"φ = {', '.join(f'{x:g}' for x in phi)}")
