@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import envs
 import policies
+from harness.errors import first_line
 
 
 class ProcessError(RuntimeError):
@@ -38,9 +39,9 @@ def open_sampler(env, head, device, workers):
     Raises ProcessError.
     """
     make_act = partial(policies.actor, head=head)
-    if device == "cuda" and not env.in_workers:
+    if device == "cuda" and not env.is_gymnasium:
         yield CapturedRollout(env, partial(make_act, xp=torch))
-    elif not env.in_workers:
+    elif not env.is_gymnasium:
         yield partial(with_numpy, partial(rollout_here, env, make_act))
     elif workers == 0:
         yield partial(with_numpy, partial(rollout_of_stranger, env, make_act))
@@ -65,7 +66,7 @@ def rollout_of_stranger(env, make_act, params, phi, noise):
     try:
         return rollout_here(env, make_act, params, phi, noise)
     except Exception as error:
-        raise ProcessError(f"the environment failed: {envs.first_line(error)}") from error
+        raise ProcessError(f"the environment failed: {first_line(error)}") from error
 
 
 class CapturedRollout:
@@ -84,7 +85,7 @@ class CapturedRollout:
             try:
                 self.graphs[shapes] = self.capture(inputs, list(params))
             except RuntimeError as error:
-                print(f"rollouts run without a CUDA graph, so more slowly ({envs.first_line(error)[:150]})")
+                print(f"rollouts run without a CUDA graph, so more slowly ({first_line(error)[:150]})")
                 self.graphs[shapes] = None, inputs, None
         graph, inputs, trajectories = self.graphs[shapes]
         with torch.no_grad():
@@ -250,7 +251,7 @@ def serve(pipe, env, make_act, index, count):
                     trajectories = rollout_here(env, make_act, params, phi, noise)
                     answer = {key: x.reshape(-1, *x.shape[3:])[own] for key, x in trajectories.items()}
             except Exception as error:
-                answer = ProcessError(f"the environment failed in a sampling worker: {envs.first_line(error)}")
+                answer = ProcessError(f"the environment failed in a sampling worker: {first_line(error)}")
             pipe.send(answer)
 
 

@@ -37,7 +37,17 @@ import report
 from directed import directed
 from harness import checkpoints, watch
 from harness.checkpoints import Run, RunError
-from settings import ALL_SETTINGS, LEARNED_ALPHA, check_memory, default_of, folder_of_all, make_env, parse, plan
+from settings import (
+    ALL_SETTINGS,
+    LEARNED_ALPHA,
+    check_memory,
+    default_of,
+    folder_of_all,
+    make_env,
+    parse,
+    plan,
+    with_family_defaults,
+)
 
 NOTHING = contextlib.nullcontext()
 INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
@@ -54,6 +64,7 @@ def main(argv=None):
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
+        args = with_family_defaults(args, env)
         check_memory(args, env, choose_device(args, env))
         runs = new_runs(args, env)
         failures, stopped = train_all(runs, env, args, ranks)
@@ -98,7 +109,7 @@ def choose_device(args, env):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
     if args.device == "auto":
-        return "cuda" if torch.cuda.is_available() and not env.in_workers else "cpu"
+        return "cuda" if torch.cuda.is_available() and not env.is_gymnasium else "cpu"
     return args.device
 
 
@@ -181,7 +192,7 @@ class TaskLoss:
 
     def __init__(self, batch, phi, generators, own=slice(None), pooled=False):
         self.env, self.sample, self.phi, self.own = batch.env, batch.sample, phi, own
-        self.generators = envs.on_device(generators, "cpu" if batch.env.in_workers else batch.device)
+        self.generators = envs.on_device(generators, "cpu" if batch.env.is_gymnasium else batch.device)
         self.num_trajectories, self.pooled = batch.settings["trajectories"] // (phi.shape[1] if pooled else 1), pooled
         options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)

@@ -19,8 +19,9 @@ import envs
 import maml
 import parallel
 import policies
-from harness import checkpoints
+from harness import checkpoints, gyms
 from harness.checkpoints import RunError
+from harness.errors import first_line, hint
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Setting:
     help: str
     example: str = ""
     type: Callable = str  # of one value; bool: a switch
-    default: object = None  # where neither envs.ENVS nor ALGORITHM_DEFAULTS has another
+    default: object = None  # where neither gyms.FAMILIES nor ALGORITHM_DEFAULTS has another
     shown: str = ""  # the default in words, where it is no value
     nargs: str | None = None
     choices: tuple = ()
@@ -107,7 +108,8 @@ count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 
 # fmt: off
 SETTINGS = {
     "task": [
-        Setting("env", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param, --range", "cartpole"),
+        Setting("env", f"task family: {', '.join(gyms.FAMILIES)}, or any gymnasium id with --param, --range",
+                "cartpole"),
         Setting("param", "numbers of a gymnasium environment that are φ: attributes, paths such as "
                 "model.opt.gravity[2], or make.NAME, a keyword of its constructor", "g", nargs="+"),
         Setting("range", "Φ: LOW HIGH for each component of φ", "5 15", number(float), None, "by env", "+"),
@@ -231,7 +233,7 @@ def shown_default(setting):
         return " ".join(map(show, x)) if isinstance(x, tuple) else f"{x:g}" if isinstance(x, float) else str(x)
 
     general = default_of(setting)
-    others = {name: default_of(setting, env) for name, env in envs.ENVS.items()}
+    others = {name: default_of(setting, env) for name, env in gyms.FAMILIES.items()}
     others |= {algo: default_of(setting, algo=algo) for algo in ALGORITHM_DEFAULTS}
     names = defaultdict(list)
     for name, value in others.items():
@@ -279,7 +281,7 @@ def parse(argv, follow_like=True):
         parser.error(f"{unknown[0]}: {why}")
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
-        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
+        parser.error(f"{unknown[0]}: {hint(unknown[0], flags, 'those of --help')}")
     if args.like is not None and follow_like:
         replaced = {other for name, other in INSTEAD.items() if getattr(args, name) is not None}
         return parse([*words_of(args.like, replaced), *argv], follow_like=False)
@@ -307,7 +309,7 @@ def words_of(folder, replaced):
         names = [name for name in ALL_SETTINGS if name not in replaced and config.get(name) is not None]
         given = {ALL_SETTINGS[name]: config[name] for name in names if config[name] is not False}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
+        raise RunError(f"--like {folder}: {first_line(error)}; name the folder of a run", 2) from error
     values = {x: [] if value is True else value if isinstance(value, list) else [value] for x, value in given.items()}
     return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
 
@@ -317,7 +319,7 @@ def one_of(choices):
 
     def parse(text):
         if text not in choices:
-            raise wrong(text, envs.hint(text, choices, ", ".join(choices)))
+            raise wrong(text, hint(text, choices, ", ".join(choices)))
         return text
 
     return parse
@@ -349,32 +351,29 @@ def check_pairs(args, error):
 
 # --- plan: from the command line to runs ---
 
-ARGUMENTS = {"name": "--env", "names": "--param", "bounds": "--range"}  # envs.py's that are no flags
-
-
-def flag_of(match):
-    """An argument of envs.py that an error names, as a flag."""
-    return ARGUMENTS.get(match[1]) or ALL_SETTINGS[match[1]].flag
+FLAGS = {"name": "--env", "names": "--param", "bounds": "--range"}  # of arguments of gyms.make with other names
 
 
 def make_env(args):
-    """The task family with --param, --range, --horizon and --task-dist applied; fills in what depends on it alone."""
+    """The task family with --param, --range, --horizon, --task-dist and --oracle applied."""
     try:
-        env = envs.make(args.env, args.param, args.range, args.horizon, args.values)
+        env = gyms.make(args.env, args.param, args.range, args.horizon, args.values)
         if args.eval_range is not None:
             envs.check_bounds("eval_range", args.eval_range, env.phi_names)
         grid = envs.held_out_tasks(env, args.eval_range, args.eval_values)
-        if env.in_workers and (args.eval_range or args.eval_values):
+        if env.is_gymnasium and (args.eval_range or args.eval_values):
             env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
-    except ValueError as error:
-        raise RunError(re.sub(r"`(\w+)`", flag_of, str(error)), 2) from error
-    for name in ("epochs", "threshold"):
-        if getattr(args, name) is None:
-            setattr(args, name, default_of(ALL_SETTINGS[name], env))
-    if args.delta_schedule == "converged" and args.threshold is None:
-        raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
+    except envs.ArgumentError as error:
+        raise RunError(error.line(FLAGS.get(error.argument) or ALL_SETTINGS[error.argument].flag), 2) from error
     env = replace(env, task_dist=args.task_dist or env.task_dist)
     return envs.with_phi_observed(env) if args.oracle else env
+
+
+def with_family_defaults(args, env):
+    """The command line with --epochs and --threshold as the task family has them, where they are not given."""
+    missing = [name for name in ("epochs", "threshold") if getattr(args, name) is None]
+    defaults = {name: default_of(ALL_SETTINGS[name], env) for name in missing}
+    return argparse.Namespace(**vars(args) | defaults)
 
 
 def plan(args, algo, env):
@@ -386,8 +385,12 @@ def plan(args, algo, env):
         value = getattr(args, setting.name)
         value = default_of(setting, env, algo) if value is None else value
         settings[setting.name] = (list(value) if isinstance(value, tuple) else value) if applies else None
+    settings["threshold"] = default_of(ALL_SETTINGS["threshold"], env) if args.threshold is None else args.threshold
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
-    settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
+    if settings["delta_schedule"] != "converged":
+        settings["threshold"] = None
+    elif settings["threshold"] is None:
+        raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
     swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
@@ -442,7 +445,7 @@ def medium_of(args, env):
     """--medium as one of the words, or a φ as a list of numbers."""
     words = args.medium or default_of(ALL_SETTINGS["medium"])
     mean_in_list = words[0] == "mean" and tuple(envs.mean_task(env)) in env.values
-    if words[0] in ("mean", "sampled", "median") and not (envs.mixes(env) or mean_in_list):
+    if words[0] in ("mean", "sampled", "median") and not (gyms.mixes(env) or mean_in_list):
         remedy = "give --medium one of them, random or pooled"
         raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
     if len(words) == 1 and words[0] in envs.MEDIUM_TASKS:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import envs
 import report
 import run
+from harness import gyms
 from settings import ALL_SETTINGS, NEEDS
 
 PENDULUM = envs.Env(("g",), (5.0,), (15.0,), 200, 3, ((-2.0,), (2.0,)), 1, None)  # what right_line knows of it
@@ -93,8 +94,8 @@ def right_values(setting, rng, env):
 
 def right_line(rng):
     """A command line that must train: [flag, its words] for each flag. Not yet with a folder."""
-    name = rng.choice([*envs.ENVS, "Pendulum-v1"])
-    env = envs.ENVS.get(name, PENDULUM)
+    name = rng.choice([*gyms.FAMILIES, "Pendulum-v1"])
+    env = gyms.FAMILIES.get(name, PENDULUM)
     line = {"env": [name], "algo": right_values(ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
         line |= {"param": ["g"], "range": ["5", "15"]}
@@ -148,13 +149,13 @@ def spoil(line, rng):
         line[i] = [flag[:j] + rng.choice(["", "x", "-"]) + flag[j + 1 :], *words]
     elif kind == 4:  # any flag with whatever it accepts, though it may need another one, or be given twice
         if setting.name not in FOLDERS:
-            line.append([setting.flag, *right_values(setting, rng, rng.choice(list(envs.ENVS.values())))])
+            line.append([setting.flag, *right_values(setting, rng, rng.choice(list(gyms.FAMILIES.values())))])
     elif kind == 5:  # a value that is given twice
         line[i] = [flag, *words, *words]
     elif kind == 6:  # another environment
         line[0] = [
             "--env",
-            rng.choice([*envs.ENVS, "cartpol", "CartPole-v1", "Blackjack-v1", "mine:Env-v0", "Pong", ":"]),
+            rng.choice([*gyms.FAMILIES, "cartpol", "CartPole-v1", "Blackjack-v1", "mine:Env-v0", "Pong", ":"]),
         ]
     elif kind == 7:  # any flag with a wrong value
         words = [rng.choice(WRONG)] if rng.random() < 0.7 else rng.sample(NUMBERS, 2)

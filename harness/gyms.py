@@ -1,21 +1,22 @@
-"""Any gymnasium environment as batched dynamics: its parameters are φ, each trajectory has an instance of its own.
+"""Any gymnasium environment as a task family: its parameters are φ, each trajectory has an instance of its own.
 
 A parameter is a path from the environment, such as `gravity`, `config[duration]` or `model.opt.gravity[2]`, or
-make.NAME, a keyword of its constructor. Axes as in envs.py, which alone uses this.
+make.NAME, a keyword of its constructor. Axes as in envs.py. Errors are `envs.ArgumentError`s.
 """
 
 import contextlib
 import copy
-import difflib
-import inspect
 import math
-import re
-from collections import defaultdict
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Integral
 
 import gymnasium
 import numpy as np
+
+import envs
+from envs import ArgumentError, Env
+from harness.errors import first_line, hint
+from harness.parameters import numbers_of, parameter, path_parts, set_parameter
 
 
 class Gymnasium:
@@ -114,16 +115,17 @@ class Gymnasium:
                 try:
                     episodes = [self.random_episode(phi) for phi in near]
                 except Exception as error:  # as in `check`
-                    raise ValueError(f"{self.fractions(name)} ({first_line(error)})") from error
+                    raise self.no_fractions(name, first_line(error)) from error
                 if episodes[1] != episodes[2] and episodes[0] in episodes[1:]:
-                    raise ValueError(f"{self.fractions(name)} (it rounds others)")
+                    raise self.no_fractions(name, "it rounds others")
             self.check("bounds", tasks if low[i] < high[i] else tasks[:1], [name])
 
-    def fractions(self, name):
-        return f"`bounds`: {self.env_id} takes whole numbers as {name}; list them with `values`, e.g. `values` 1 2 3"
+    def no_fractions(self, name, why):
+        problem = f"{self.env_id} takes whole numbers as {name}; list them, e.g. 1 2 3, in place of a range ({why})"
+        return ArgumentError("values", "", problem)
 
     def check(self, argument, tasks, names=None):
-        """Raises ValueError where the environment fails at one of the tasks φ, where one seed and one sequence of
+        """Raises ArgumentError where the environment fails at one of the tasks φ, where one seed and one sequence of
         actions give the same episode at all of them, or where gravity, one of its `names`, would point upward."""
         episodes, shown = [], []
         for phi in tasks:
@@ -131,26 +133,23 @@ class Gymnasium:
             shown.append(" ".join(f"{x:g}" for x in values.values()))
             for name, x in values.items():
                 if "gravity" in name and (self.defaults.get(name) or 0) * x < 0:
-                    raise ValueError(
-                        f"`{argument}`: {name} is {self.defaults[name]:g} in {self.env_id}, and {x:g} points upward; "
-                        "give it the same sign"
-                    )
+                    problem = f"{name} is {self.defaults[name]:g} in {self.env_id}, and {x:g} points upward"
+                    raise ArgumentError(argument, "", f"{problem}; give it the same sign")
             try:
                 episodes.append(self.random_episode(phi))
             except Exception as error:  # whatever it may raise at values that it was not written for
-                raise ValueError(
-                    f"`{argument}`: {self.env_id} fails at {', '.join(values)} = {shown[-1]} ({first_line(error)}); "
-                    "give others"
-                ) from error
+                where = f"{', '.join(values)} = {shown[-1]}"
+                problem = f"{self.env_id} fails at {where} ({first_line(error)}); give others"
+                raise ArgumentError(argument, "", problem) from error
         if len({len(episode[0]) for episode in episodes}) > 1:
-            raise ValueError(f"`{argument}`: {self.env_id} has observations of different sizes at {', '.join(shown)}")
+            problem = f"{self.env_id} has observations of different sizes at {', '.join(shown)}"
+            raise ArgumentError(argument, "", problem)
         attributes = [name for name in values if not name.startswith("make.")]  # the constructor reads its keywords
         if attributes and len(episodes) > 1 and all(episode == episodes[0] for episode in episodes):
-            raise ValueError(
-                f"{self.env_id}: {', '.join(values)} = {', '.join(shown[:-1])} and {shown[-1]} give the same episode "
-                "under random actions, so it is no task parameter; name an attribute that the environment reads at "
-                "every step, or make.NAME, a keyword of its constructor"
-            )
+            where = f"{', '.join(shown[:-1])} and {shown[-1]}"
+            problem = f"{self.env_id} gives the same episode under random actions at {where}, so it is no task"
+            remedy = "name an attribute that it reads at every step, or make.NAME, a keyword of its constructor"
+            raise ArgumentError("names", ", ".join(values), f"{problem} parameter; {remedy}")
 
     def random_episode(self, phi, steps=200):
         """What is seen and paid under random actions, always the same ones."""
@@ -178,121 +177,88 @@ def flattened(env):
 
 
 def check_spaces(env_id, observation, action):
-    """(D, actions as in Env) of gymnasium's spaces. Raises ValueError where they are of other kinds."""
+    """(D, actions as in Env) of gymnasium's spaces. Raises ArgumentError where they are of other kinds."""
     spaces = gymnasium.spaces
     if not isinstance(observation, spaces.Box):
-        raise ValueError(
-            f"`name` {env_id}: observations are {observation}; expected a Box, or what gymnasium flattens to one; wrap "
-            "them (README, Add an environment)"
-        )
+        problem = f"observations are {observation}; expected a Box, or what gymnasium flattens to one; wrap them"
+        raise ArgumentError("name", env_id, f"{problem} (README, Add an environment)")
     if isinstance(action, spaces.Discrete) and action.start == 0:
         return int(np.prod(observation.shape)), int(action.n)
     if isinstance(action, spaces.Box) and action.is_bounded() and action.low.ndim == 1:
         return int(np.prod(observation.shape)), (tuple(action.low.tolist()), tuple(action.high.tolist()))
-    raise ValueError(f"`name` {env_id}: actions are {action}; expected Discrete from 0, or a bounded Box vector")
+    raise ArgumentError("name", env_id, f"actions are {action}; expected Discrete from 0, or a bounded Box vector")
 
 
-# Attributes that gymnasium's step uses together with what its constructor derived from them, which stays as it was.
-HALF_READ = {"CartPole": ("masspole", "length", "polemass_length")}
+# --- task families ---
+
+FAMILIES = envs.ENVS | {
+    "lunarlander": Env(  # its attribute is the vertical component, −φ
+        phi_names=("gravity (m/s²)",),
+        low=(5.0,),
+        high=(15.0,),
+        horizon=400,
+        obs_dim=8,
+        actions=4,
+        reset_noise=1,
+        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0, defaults={"gravity": 10.0}),
+        defaults={"threshold": 75.0},
+        is_gymnasium=True,
+    )
+}
 
 
-def path_parts(path):
-    """`model.opt.gravity[2]` -> ["model", "opt", "gravity", (2,)]; an index or a dict's key is a tuple."""
-    parts = re.findall(r"([^.\[\]]+)|\[([^\[\]]+)\]", path)
-    return [name or ((int(key),) if re.fullmatch(r"-?\d+", key) else (key,)) for name, key in parts]
+def make(name, names=None, bounds=None, horizon=None, values=None):
+    """The task family `name`, one of FAMILIES or a gymnasium id, with φ, Φ and the horizon given.
+
+    names: parameters of the gymnasium environment that are φ; bounds, values: as in `envs.with_tasks`.
+    """
+    if name in FAMILIES and names is not None:
+        raise ArgumentError("names", " ".join(names), f"{name} has its own φ; leave it out")
+    env = FAMILIES[name] if name in FAMILIES else gymnasium_env(name, names, horizon)
+    env = envs.with_tasks(env, bounds, horizon, values)
+    if not env.low:
+        raise ArgumentError("bounds", "", f"give LOW HIGH for {', '.join(env.phi_names)} of {name}, e.g. 5 15")
+    if env.is_gymnasium and env.values:
+        env.dynamics.check("values", env.values)
+    elif env.is_gymnasium:
+        env.dynamics.check_range(env.low, env.high)
+    return env
 
 
-def value_at(env, parts):
-    """What a path leads to; its first attribute is that of the outermost wrapper which has it."""
-    value = env.get_wrapper_attr(parts[0])
-    for part in parts[1:]:
-        value = value[part[0]] if isinstance(part, tuple) else getattr(value, part)
-    return value
-
-
-def set_parameter(env, parts, value):
-    """Set what a path leads to, where it is defined. Raises ValueError where it then has another value."""
-    *path, last = parts
-    if not path:
-        env.set_wrapper_attr(last, value)
-    elif isinstance(last, tuple):
-        value_at(env, path)[last[0]] = value
-    else:
-        setattr(value_at(env, path), last, value)
-    if not math.isclose(value_at(env, parts), value, rel_tol=1e-6, abs_tol=1e-6):
-        raise ValueError(f"set to {value:g}, it is {value_at(env, parts):g}")
-
-
-def is_number(x):
-    return isinstance(x, Real) and not isinstance(x, bool)
-
-
-def parameter(env_id, env, name):
-    """The value of a parameter without φ, None for a constructor's keyword without one. Raises ValueError where there
-    is no such number that can be set."""
-    keywords = keywords_of(env)
-    parts, known = path_parts(name), numbers_of(env)
+def gymnasium_env(env_id, names, horizon):
+    """A task family from any gymnasium id with observations that are or flatten to a box, and discrete or bounded box
+    actions; Φ is to be set."""
+    if env_id not in gymnasium.registry and ":" not in env_id:  # package:id imports the package first
+        known = [*FAMILIES, *gymnasium.registry]
+        choices = f"{', '.join(FAMILIES)}, a gymnasium id, or package:id where importing a package registers it"
+        raise ArgumentError("name", env_id, f"unknown environment; {hint(env_id, known, choices)}")
     try:
-        if any(str(part).startswith("__") for part in parts):
-            raise AttributeError
-        value = keywords[parts[1]] if parts[0] == "make" else value_at(env, parts)
-    except (LookupError, AttributeError, TypeError):
-        value = "nothing"
-    if isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"`names` {name}: a switch of {env_id}, {value}, and φ is a number; make it one in a wrapper")
-    if not (is_number(value) or (value is None and parts[0] == "make")):
-        remedy = hint(name, known, ", ".join(known) or "nothing: it has no numbers, so set what you mean in a wrapper")
-        raise ValueError(f"`names` {name}: {env_id} has no such number; {remedy}")
-    if name in HALF_READ.get(env.unwrapped.spec.id.split("-")[0], ()):
-        raise ValueError(
-            f"`names` {name}: {env_id} computes with it and with constants that its constructor derived from it, which "
-            "would stay as they were; set all of them in a wrapper of your own (README, Add an environment)"
-        )
-    if parts[0] != "make":
-        try:
-            set_parameter(env, parts, value)
-        except Exception as error:  # whatever a property may raise
-            raise ValueError(f"`names` {name}: {env_id} does not take it ({first_line(error)})") from error
-    return value
+        probe = flattened(gymnasium.make(env_id, disable_env_checker=True))
+    except Exception as error:  # whatever an import or a constructor may raise: it is shown
+        raise ArgumentError("name", env_id, f"gymnasium cannot make it: {first_line(error)}") from error
+    if not names:
+        known = ", ".join(numbers_of(probe))
+        raise ArgumentError("names", "", f"say which parameter of {env_id} is φ, one of: {known}")
+    if len(set(names)) < len(names):
+        raise ArgumentError("names", " ".join(names), "duplicate attribute")
+    defaults = {name: parameter(env_id, probe, name) for name in names}
+    horizon = horizon or probe.spec.max_episode_steps
+    if horizon is None:
+        raise ArgumentError("horizon", "", f"episodes of {env_id} have no end; give their length, e.g. 200")
+    obs_dim, actions = check_spaces(env_id, probe.observation_space, probe.action_space)
+    return Env(
+        phi_names=tuple(names),
+        low=(),
+        high=(),
+        horizon=horizon,
+        obs_dim=obs_dim,
+        actions=actions,
+        reset_noise=1,
+        dynamics=Gymnasium(env_id, tuple(names), defaults=defaults),
+        is_gymnasium=True,
+    )
 
 
-def keywords_of(env):
-    """{keyword of the constructor: its default, None where there is none}; any keyword where it takes any."""
-    spec = env.unwrapped.spec
-    creator = spec.entry_point
-    creator = creator if callable(creator) else gymnasium.envs.registration.load_env_creator(creator)
-    found = inspect.signature(creator).parameters.values()
-    named = {x.name: None if x.default is x.empty else x.default for x in found if x.kind is not x.VAR_KEYWORD}
-    return named | spec.kwargs if len(named) == len(found) else defaultdict(lambda: None, named | spec.kwargs)
-
-
-def numbers_of(env):
-    """What may be a task parameter: the numbers among the attributes and properties of an environment and its wrappers,
-    the entries of its dicts, and its constructor's keywords."""
-    layers, found = [env], {}
-    while layers[-1] is not env.unwrapped:
-        layers.append(layers[-1].env)
-    for layer in layers:
-        for name in dir(layer):
-            if name[0] == "_" or hasattr(gymnasium.Wrapper, name):
-                continue
-            try:
-                value = getattr(layer, name)
-            except Exception:  # whatever a property may raise
-                continue
-            found |= {f"{name}[{key}]": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
-    found |= {f"make.{name}": value for name, value in keywords_of(env).items()}
-    return [name for name, value in found.items() if is_number(value)]
-
-
-# --- errors ---
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def hint(word, known, choices):
-    """What to say about an unknown word: the nearest known one, or else the choices."""
-    close = difflib.get_close_matches(word, known, 1, 0.7) or difflib.get_close_matches(word.lower(), known, 1, 0.7)
-    return f"did you mean {close[0]}?" if close else f"choose from {choices}"
+def mixes(env):
+    """Whether what lies between tasks is a task too: not where they are a list and a component is a whole number."""
+    return not (env.values and env.is_gymnasium and env.dynamics.whole)

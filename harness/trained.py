@@ -18,8 +18,9 @@ import envs
 import learners
 import maml
 import policies
-from harness import checkpoints
+from harness import checkpoints, gyms
 from harness.checkpoints import RunError
+from harness.errors import first_line
 
 WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
 
@@ -44,16 +45,14 @@ def load(folder, trusted_env=None):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ValueError(f"{key} is {settings[key]!r}")
         values = settings.get("values")
-        env = envs.make(name, settings["param"], None if values else settings["range"], settings["horizon"], values)
+        env = gyms.make(name, settings["param"], None if values else settings["range"], settings["horizon"], values)
         env = envs.with_phi_observed(env) if settings["oracle"] else env
         alpha = state["alpha"] or float(settings["eval_alpha"] or settings["alpha"])
         policy = Policy(env, settings, state["theta"], alpha)
         obs = np.zeros((2, env.obs_dim))
         policy.adapt(episodes=[[(obs, [policy.act(obs[0])], [0.0])] * 2])  # a θ, α or loss of another kind fails here
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-        raise RunError(
-            f"{path}: its settings or parameters are not those of a run ({envs.first_line(error)})"
-        ) from error
+        raise RunError(f"{path}: its settings or parameters are not those of a run ({first_line(error)})") from error
     return policy
 
 
@@ -119,9 +118,8 @@ class Policy:
 
     def check_phi(self, phi):
         if len(phi) != len(self.env.phi_names):
-            shown = " ".join(f"{x:g}" for x in phi)
-            expected = f"{len(self.env.phi_names)} number(s): {', '.join(self.env.phi_names)}"
-            raise ValueError(f"phi {shown}: expected {expected}")
+            expected = f"expected {len(self.env.phi_names)} number(s): {', '.join(self.env.phi_names)}"
+            raise envs.ArgumentError("phi", " ".join(f"{x:g}" for x in phi), expected)
         return torch.tensor([[list(map(float, phi))]])
 
     def sample(self, phi, rng, params, num_trajectories=None):

@@ -13,8 +13,9 @@ import numpy as np
 
 import envs
 import policies
-from harness import checkpoints
+from harness import checkpoints, gyms
 from harness.checkpoints import RunError
+from harness.errors import first_line
 from harness.trained import WATCH, as_numpy, load
 
 STEP_SECONDS = 0.1  # of a family that has no clock of its own
@@ -39,8 +40,8 @@ def watch(folder, phi=None, trusted_env=None):
     except ImportError as error:
         remedy = "animations need matplotlib: pip install matplotlib"
         raise RunError(f"--watch: {error}; {remedy}") from error
-    except ValueError as error:
-        raise RunError(f"--{error}", 2) from error
+    except envs.ArgumentError as error:
+        raise RunError(error.line(f"--{error.argument}"), 2) from error
     path = Path(folder) / f"watch-{'_'.join(f'{x:g}' for x in phi.flatten().tolist())}.gif"
     checkpoints.write_atomically(path, animation)
     length, total = int(episode["mask"].sum()), float(episode["rewards"].sum())
@@ -51,7 +52,7 @@ def watch(folder, phi=None, trusted_env=None):
 def default_task(env):
     """The mean task, or the first one where tasks are a list and their mean is no task."""
     mean = envs.mean_task(env)
-    return mean if envs.mixes(env) or tuple(mean) in env.values else env.values[0]
+    return mean if gyms.mixes(env) or tuple(mean) in env.values else env.values[0]
 
 
 def as_gif(pictures, duration):
@@ -68,7 +69,7 @@ def as_gif(pictures, duration):
 def milliseconds(name, env):
     """Of a step on the environment's own clock: gymnasium's render_fps, or STEP_SECONDS. In tens,
     and 20 or more, which is what a GIF can say and viewers obey."""
-    env_id = env.dynamics.env_id if env.in_workers else RENDERED.get(name)
+    env_id = env.dynamics.env_id if env.is_gymnasium else RENDERED.get(name)
     step = 1000 * STEP_SECONDS
     if env_id is not None:
         made = gymnasium.make(env_id)
@@ -124,7 +125,7 @@ def frames(name, env, phi, noise, episode):
     """An episode (S = M = K = 1) of the family `name` as pictures (height, width, 3): as gymnasium
     renders it, or drawn by the family's function of `DRAWN`."""
     episode = episode | {key: state_part(env, episode[key]) for key in ("obs", "last_obs")}
-    if env.in_workers:
+    if env.is_gymnasium:
         render, env_id = partial(replay, env, phi, noise), env.dynamics.env_id
     elif name in RENDERED:
         render, env_id = partial(render_states, RENDERED[name]), RENDERED[name]
@@ -141,7 +142,7 @@ def frames(name, env, phi, noise, episode):
         if not all(isinstance(picture, np.ndarray) for picture in pictures):
             raise TypeError("render returns no picture")
     except Exception as error:  # whatever an environment or its graphics library may raise
-        why = f"--watch: {env_id} cannot be rendered here ({envs.first_line(error)})"
+        why = f"--watch: {env_id} cannot be rendered here ({first_line(error)})"
         remedy = "it needs the render_mode rgb_array"
         remedy += "; MuJoCo without a display needs MUJOCO_GL=egl, or osmesa"
         raise RunError(f"{why}; {remedy}") from error

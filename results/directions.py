@@ -19,7 +19,7 @@ import maml
 import report
 import run
 from bench import measure
-from harness import checkpoints
+from harness import checkpoints, gyms
 
 REPEATS, SEEDS = 60, range(1, 11)
 ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)
@@ -66,7 +66,7 @@ def cosines(estimates):
 def main():
     lines = []
     for name in ENVS:
-        env = envs.make(name)
+        env = gyms.make(name)
         out = Path("runs/directions")
         folders = [out / f"{name}-pg/fomaml/seed{seed}" for seed in SEEDS]
         for epoch in EPOCHS:

@@ -1,4 +1,5 @@
-"""maml.py and directed.py, and learners.py with maml.py, work in another project, with torch as their only import."""
+"""maml.py and directed.py, and learners.py with maml.py, work in another project, with torch as their only import;
+policies.py and envs.py with torch and numpy."""
 
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import parallel
 
 REPOSITORY = Path(__file__).parent.parent
-OURS = {path.stem for path in REPOSITORY.glob("*.py")}
+OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"harness"}
 OTHERS = {"numpy", "gymnasium", "tqdm", "matplotlib"}
 USES = {
     "maml": """
@@ -39,25 +40,44 @@ USES = {
         sharp(maml, 0.5)(theta, lambda params: (params["x"] - goals).square(), 0.1, 3)  # at x = 1 − 0.5
         assert torch.allclose(theta["x"].grad, torch.tensor([[-2 * 0.8**2 * 4.5]]))
     """,
+    "policies": """
+        import torch
+        from policies import Gaussian, actor, init
+        theta = init(3, Gaussian(2), [torch.Generator()])
+        act = actor({name: p.detach().numpy() for name, p in theta.items()}, Gaussian(2))
+        assert act(torch.ones(1, 4, 3).numpy(), torch.zeros(1, 4, 2).numpy()).shape == (1, 4, 2)
+    """,
+    "envs": """
+        import envs
+        env, rng = envs.make("cartpole", horizon=5), envs.generators([1], 0)
+        noise = {key: x.numpy() for key, x in envs.draw_noise(env, rng, 2, 3).items()}
+        phi = envs.sample_tasks(env, rng, 2).numpy()
+        trajectories = envs.rollout(env, lambda obs, noise: noise.argmax(-1), phi, noise)
+        assert (trajectories["rewards"].sum(-1) == 5).all()
+    """,
 }
 COPIED_WITH = {"learners": ["maml"]}
+WITH_NUMPY = ("policies", "envs")
 
 
 class TorchAlone:
     """The project's other packages fail on import, and its other modules are not to be found."""
 
+    def __init__(self, packages):
+        self.packages = packages
+
     def find_spec(self, name, path=None, target=None):
-        if name in OTHERS:
+        if name in self.packages:
             raise ModuleNotFoundError(f"{name} is not to be imported")
 
 
-def use_alone(folder, program):
-    """In a process forked from this one, which has torch loaded: as if nothing else had been."""
+def use_alone(folder, program, packages):
+    """In a process forked from this one, which has torch loaded: as if none of the packages had been."""
     os.chdir(folder)
-    for name in [name for name in sys.modules if name.split(".")[0] in {*OTHERS, *OURS}]:
+    for name in [name for name in sys.modules if name.split(".")[0] in {*packages, *OURS}]:
         del sys.modules[name]
     sys.path[:] = [str(folder), *(x for x in sys.path if x and Path(x).resolve() != REPOSITORY)]
-    sys.meta_path.insert(0, TorchAlone())
+    sys.meta_path.insert(0, TorchAlone(packages))
     exec(textwrap.dedent(program), {})
 
 
@@ -68,7 +88,8 @@ def test_a_module_copied_into_an_empty_folder_works(tmp_path):
         folder.mkdir()
         for name in [module, *COPIED_WITH.get(module, [])]:
             shutil.copy(REPOSITORY / f"{name}.py", folder)
-        process = parallel.context().Process(target=use_alone, args=(folder, program))
+        packages = OTHERS - {"numpy"} if module in WITH_NUMPY else OTHERS
+        process = parallel.context().Process(target=use_alone, args=(folder, program, packages))
         process.start()
         process.join(60)
         assert (process.exitcode == 0) == (module in USES), module

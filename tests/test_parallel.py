@@ -19,8 +19,9 @@ import torch.distributed as dist
 import parallel
 import policies
 from bench import torture
-from envs import draw_noise, generators, make, rollout, sample_tasks
+from envs import draw_noise, generators, rollout, sample_tasks
 from harness.checkpoints import Run
+from harness.gyms import make
 from parallel import CapturedRollout, ProcessError, Workers
 from run import share_out
 from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train, wait_for

@@ -165,7 +165,7 @@ DAMAGED = [
     (saved([1]), "checkpoint.pt: not a checkpoint of this program"),
     (state_with(settings={}), "its settings or parameters are not those of a run"),
     (state_with(format=torch.zeros(2)), "its format is tensor([0., 0.])"),
-    (settings_with(env="../../x"), "not those of a run (ValueError: `name` ../../x: unknown environment"),
+    (settings_with(env="../../x"), "not those of a run (ArgumentError: name ../../x: unknown environment"),
     (settings_with(env=3), "its settings or parameters are not those of a run"),
     (settings_with(rl="x"), "its settings or parameters are not those of a run (KeyError: 'x')"),
     (settings_with(gamma="large"), "its settings or parameters are not those of a run"),

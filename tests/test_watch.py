@@ -8,7 +8,7 @@ import pytest
 
 import envs
 import run
-from harness import load, watch
+from harness import gyms, load, watch
 from tests.commands import train
 from tests.test_trained import CARTPOLE, PENDULUM, VELOCITY
 
@@ -72,7 +72,7 @@ def test_a_family_that_draws_nothing_shows_its_observations_against_time(tmp_pat
         envs.ENVS["point"], phi_names=("x", "y", "z"), low=(-0.5,) * 3, high=(0.5,) * 3, obs_dim=3, reset_noise=3,
         actions=((-0.1,) * 3, (0.1,) * 3),
     )  # fmt: skip
-    monkeypatch.setitem(envs.ENVS, "space", space)
+    monkeypatch.setitem(gyms.FAMILIES, "space", space)
     train(tmp_path, "--horizon", 2, env="space", epochs=1)
     folder = tmp_path / "space-pg/fomaml/seed1"
     assert "2 steps, return " in watch.watch(folder, [0.1, 0.2, 0.3])
