@@ -12,7 +12,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import envs
@@ -355,9 +355,9 @@ FLAGS = {"name": "--env", "names": "--param", "bounds": "--range"}  # of argumen
 
 
 def make_env(args):
-    """The task family with --param, --range, --horizon, --task-dist and --oracle applied."""
+    """The command line's task family, and its held-out tasks checked."""
     try:
-        env = gyms.make(args.env, args.param, args.range, args.horizon, args.values)
+        env = gyms.family_of(vars(args))
         if args.eval_range is not None:
             envs.check_bounds("eval_range", args.eval_range, env.phi_names)
         grid = envs.held_out_tasks(env, args.eval_range, args.eval_values)
@@ -365,8 +365,7 @@ def make_env(args):
             env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
     except envs.ArgumentError as error:
         raise RunError(error.line(FLAGS.get(error.argument) or ALL_SETTINGS[error.argument].flag), 2) from error
-    env = replace(env, task_dist=args.task_dist or env.task_dist)
-    return envs.with_phi_observed(env) if args.oracle else env
+    return env
 
 
 def with_family_defaults(args, env):

@@ -7,6 +7,7 @@ make.NAME, a keyword of its constructor. Axes as in envs.py. Errors are `envs.Ar
 import contextlib
 import copy
 import math
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 
@@ -223,6 +224,14 @@ def make(name, names=None, bounds=None, horizon=None, values=None):
     elif env.is_gymnasium:
         env.dynamics.check_range(env.low, env.high)
     return env
+
+
+def family_of(settings):
+    """The task family that settings describe, those of a command line or of a run."""
+    bounds = None if settings["values"] else settings["range"]
+    env = make(settings["env"], settings["param"], bounds, settings["horizon"], settings["values"])
+    env = replace(env, task_dist=settings["task_dist"] or env.task_dist)
+    return envs.with_phi_observed(env) if settings["oracle"] else env
 
 
 def gymnasium_env(env_id, names, horizon):

@@ -44,9 +44,7 @@ def load(folder, trusted_env=None):
         for key, least in (("horizon", 1), ("trajectories", 1), ("inner_steps", 0), ("seed", 0)):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ValueError(f"{key} is {settings[key]!r}")
-        values = settings.get("values")
-        env = gyms.make(name, settings["param"], None if values else settings["range"], settings["horizon"], values)
-        env = envs.with_phi_observed(env) if settings["oracle"] else env
+        env = gyms.family_of(settings)
         alpha = state["alpha"] or float(settings["eval_alpha"] or settings["alpha"])
         policy = Policy(env, settings, state["theta"], alpha)
         obs = np.zeros((2, env.obs_dim))

@@ -9,8 +9,9 @@ import torch
 
 import envs
 import run
-from harness import trained
+from harness import trained, watch
 from harness.checkpoints import RunError
+from settings import make_env, parse
 from tests.commands import rows, train
 from tests.test_checkpoints import changed, empty, hostile, saved, state_with
 
@@ -218,3 +219,11 @@ def test_an_environment_that_is_a_modules_code_is_made_only_if_the_caller_names_
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "ran").exists()
     assert trained.load(tmp_path, name).env.obs_dim == 3 and (tmp_path / "ran").exists()
+
+
+def test_loading_applies_all_that_training_applied_to_the_task_family(tmp_path):
+    words = ["--task-dist", "skewed", "--range", 4, 8, "--oracle", "--horizon", 5]
+    train(tmp_path, *words, epochs=1)
+    env = trained.load(tmp_path / RUN).env
+    assert env == make_env(parse(["--env", "cartpole", "--algo", "fomaml", *map(str, words)]))
+    assert watch.default_task(env) == [4 + (8 - 4) / 4]  # E u³ = 1/4
