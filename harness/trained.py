@@ -8,7 +8,6 @@ only if the caller names it.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +99,21 @@ class Policy:
         """
         if (phi is None) == (episodes is None):
             raise ValueError("adapt: give either phi or episodes")
-        if episodes is None:
-            draw = partial(self.sample, self.check_phi(phi), envs.generators([seed], WATCH))
-            steps = self.inner_steps if steps is None else steps
-        else:
-            parts = iter([self.trajectories(part) for part in episodes])
-            draw = lambda params: next(parts)  # noqa: E731
-            steps = len(episodes)
         theta = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
-        objective = lambda params: self.loss(params, draw(params))  # noqa: E731
+        if episodes is None:
+            phi, rng = self.check_phi(phi), envs.generators([seed], WATCH)
+            steps = self.inner_steps if steps is None else steps
+
+            def objective(params):
+                return self.loss(params, self.sample(phi, rng, params))
+        else:
+            batches = iter([self.trajectories(part) for part in episodes])
+            steps = len(episodes)
+            head = self.head if isinstance(self.env.actions, int) else AsTaken(self.env.action_dim)
+
+            def objective(params):
+                return self.loss(params, next(batches), head)
+
         if self.settings.get("lambda_") is not None:
             objective = learners.proximal(objective, theta, self.settings["lambda_"])  # iMAML
         adapted = maml.adapt(theta, objective, self.alpha, steps, second_order=False)
@@ -127,39 +132,53 @@ class Policy:
         episodes = envs.rollout(self.env, act, phi.numpy(), as_numpy(noise))
         return {key: torch.from_numpy(x) for key, x in episodes.items()}
 
-    def loss(self, params, trajectories):
+    def loss(self, params, trajectories, head=None):
         options = {key: self.settings[key] for key in policies.OPTIONS}
-        return policies.LOSSES[self.settings["rl"]](params, trajectories, head=self.head, **options)
+        return policies.LOSSES[self.settings["rl"]](params, trajectories, head=head or self.head, **options)
 
     def trajectories(self, episodes):
         """[(observations, actions, rewards), ..] -> the dict that policies.py describes, S = M = 1."""
         lengths = [len(rewards) for _, _, rewards in episodes]
+        num_episodes, horizon = len(episodes), max(lengths)
+        lead, obs_dim = (1, 1, num_episodes, horizon), self.env.obs_dim
         discrete = isinstance(self.env.actions, int)
-        lead = (1, 1, len(episodes), max(lengths))
+        actions = torch.zeros(lead, dtype=torch.long) if discrete else torch.zeros(*lead, self.env.action_dim)
         parts = {
-            "obs": torch.zeros(*lead, self.env.obs_dim), "rewards": torch.zeros(lead),
-            "actions": torch.zeros(lead, dtype=torch.long) if discrete else torch.zeros(*lead, self.env.action_dim),
-            "mask": torch.arange(max(lengths)) < torch.tensor(lengths).view(1, 1, -1, 1),
-            "last_obs": torch.zeros(1, 1, len(episodes), self.env.obs_dim),
-            "terminated": torch.ones(1, 1, len(episodes), dtype=torch.bool),
-        }  # fmt: skip
+            "obs": torch.zeros(*lead, obs_dim),
+            "rewards": torch.zeros(lead),
+            "actions": actions,
+            "mask": torch.arange(horizon) < torch.tensor(lengths).view(1, 1, -1, 1),
+            "last_obs": torch.zeros(1, 1, num_episodes, obs_dim),
+            "terminated": torch.ones(1, 1, num_episodes, dtype=torch.bool),
+        }
         for k, (observations, actions, rewards) in enumerate(episodes):
             count = len(rewards)
             obs = torch.as_tensor(np.asarray(observations, np.float32)).reshape(len(observations), -1)
-            if len(actions) != count or len(obs) not in (count, count + 1) or obs.shape[1] != self.env.obs_dim:
-                raise ValueError(
-                    f"episode {k}: {len(obs)} observations of {obs.shape[1]} numbers, {len(actions)} actions, {count} "
-                    f"rewards; expected T or T + 1 observations of {self.env.obs_dim}, T actions and T rewards"
-                )
+            if len(actions) != count or len(obs) not in (count, count + 1) or obs.shape[1] != obs_dim:
+                got = f"{len(obs)} observations of {obs.shape[1]} numbers, {len(actions)} actions, {count} rewards"
+                expected = f"T or T + 1 observations of {obs_dim}, T actions and T rewards"
+                raise ValueError(f"episode {k}: {got}; expected {expected}")
             parts["obs"][0, 0, k, :count] = obs[:count]
             parts["rewards"][0, 0, k, :count] = torch.as_tensor(np.asarray(rewards, np.float32))
-            taken = torch.as_tensor(np.asarray(actions))
-            parts["actions"][0, 0, k, :count] = (
-                taken if discrete else torch.as_tensor(envs.from_box(taken.numpy(), *self.box))
-            )
+            taken = np.asarray(actions)
+            parts["actions"][0, 0, k, :count] = torch.as_tensor(taken if discrete else self.from_box(taken))
             if len(obs) > count:
                 parts["last_obs"][0, 0, k], parts["terminated"][0, 0, k] = obs[count], False
         return parts
+
+    def from_box(self, taken):
+        """Actions of the environment as the policy's, in [−1, 1]; those at an end of the box are ±1 exactly."""
+        low, high = self.box
+        actions = envs.from_box(taken, low, high)
+        rounding = 1e-6 * (1 + np.maximum(abs(low), abs(high)) / (high - low))
+        at_end = abs(actions) > 1 - rounding
+        return np.where(at_end, np.sign(actions), actions)
+
+
+class AsTaken(policies.Gaussian):
+    """Scores the actions that an environment took: what a policy draws beyond the box was clipped to its end."""
+
+    log_prob = policies.Gaussian.censored_log_prob
 
 
 def as_numpy(tensors):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import envs
+import policies
 import run
 from harness import trained, watch
 from harness.checkpoints import RunError
@@ -110,8 +111,8 @@ def test_adapting_to_episodes_is_adapting_to_the_task_that_they_come_from(small,
 
     def recorded(self, *args):
         trajectories = sample(self, *args)
-        if not isinstance(self.env.actions, int):  # an action outside of the box cannot be told from the box's end
-            trajectories["actions"] = trajectories["actions"].clamp(-1, 1)
+        if not isinstance(self.env.actions, int):  # none outside of the box: see the next tests
+            trajectories["actions"] = trajectories["actions"].clamp(-0.99, 0.99)
         episodes.append(as_episodes(self.env, trajectories))
         return trajectories
 
@@ -122,6 +123,58 @@ def test_adapting_to_episodes_is_adapting_to_the_task_that_they_come_from(small,
     for name in policy.theta:
         torch.testing.assert_close(to_episodes.theta[name], to_task.theta[name], rtol=1e-5, atol=1e-7)
     assert any(not torch.equal(to_task.theta[name], p) for name, p in policy.theta.items())
+
+
+def test_a_clipped_action_has_the_score_that_the_actions_beyond_have_on_average():
+    """Of N(μ, σ²), for both ends of the box: E[∇ log p(a) | a ≥ 1], by quadrature in float64."""
+    raw = torch.tensor([[[[0.3]]]], dtype=torch.float64, requires_grad=True)
+    mean = torch.tensor([[[0.4]]], dtype=torch.float64, requires_grad=True)
+    own, taken, params = policies.Gaussian(1), trained.AsTaken(1), {"policy.raw_std": raw}
+    width = 1e-4
+    beyond = (1 + width * (torch.arange(200_000, dtype=torch.float64) + 0.5)).view(1, -1, 1)
+
+    def score(loss):
+        return torch.cat([x.flatten() for x in torch.autograd.grad(loss, (mean, raw))])
+
+    for sign in (1, -1):
+        logs = own.log_prob(params, mean, sign * beyond)
+        probability = width * logs.detach().exp().sum()
+        expected = score(width * (logs.detach().exp() * logs).sum() / probability)
+        end = torch.tensor([[[sign]]], dtype=torch.float64)
+        got = taken.log_prob(params, mean, end).sum()
+        torch.testing.assert_close(got.exp(), probability, rtol=1e-7, atol=0)
+        torch.testing.assert_close(score(got), expected, rtol=1e-7, atol=0)
+    inside = torch.tensor([[[-0.99], [0.2], [0.99]]], dtype=torch.float64)
+    assert torch.equal(taken.log_prob(params, mean, inside), own.log_prob(params, mean, inside))
+
+
+def test_episodes_with_clipped_actions_move_the_policy_as_adapting_to_their_task_does(tmp_path, monkeypatch):
+    """Velocity, most of whose actions are clipped: on 3000 episodes the step is the same but for sampling noise. By the
+    density of the clipped action itself, σ's would be far off."""
+    train(tmp_path, "--horizon", 3, "--advantages", "raw", env="velocity", epochs=1)
+    policy = trained.load(tmp_path / "velocity-pg/fomaml/seed1")
+    policy.settings["trajectories"] = 3000
+    policy.theta["policy.raw_std"] += 1.0
+    sample, episodes = trained.Policy.sample, []
+
+    def recorded(self, *args):
+        trajectories = sample(self, *args)
+        episodes.append(as_episodes(self.env, trajectories))
+        return trajectories
+
+    monkeypatch.setattr(trained.Policy, "sample", recorded)
+    to_task = policy.adapt(phi=[1.7], steps=1)
+    actions = np.concatenate([taken for _, taken, _ in episodes[0]])
+    assert (abs(actions) == 0.5).mean() > 0.5
+
+    def steps(adapted):
+        return torch.cat([(adapted.theta[name] - p).flatten() for name, p in policy.theta.items()])
+
+    expected, got = steps(to_task), steps(policy.adapt(episodes=episodes))
+    assert torch.nn.functional.cosine_similarity(got, expected, dim=0) > 0.99
+    assert float(got.norm() / expected.norm()) == pytest.approx(1, abs=0.1)
+    monkeypatch.setattr(trained, "AsTaken", policies.Gaussian)
+    assert abs(steps(policy.adapt(episodes=episodes)) - expected).max() > 20 * abs(got - expected).max()
 
 
 def test_adapting_takes_the_runs_inner_steps_and_leaves_the_policy_as_it_was(small, tmp_path):
