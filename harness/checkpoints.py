@@ -5,9 +5,12 @@ are views of it for people and the report: rows are appended as training goes, a
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import stat
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 5
+FORMAT = 6
 CHECKPOINT, PENDING, FAILED = "checkpoint.pt", "checkpoint.pt.tmp", "failed.txt"
 # fmt: off
 TABLES = {  # the CSV files, and their columns
@@ -30,6 +33,7 @@ TABLES = {  # the CSV files, and their columns
 RUN_FILES = [CHECKPOINT, PENDING, FAILED, "log.csv", "eval.csv", "config.json"]
 TENSORS = ("theta", "alpha", "optimizer")  # what of a state is stacked when runs train together
 REMEDY = "restore it, or start again with --overwrite"
+LARGEST = 2**32  # bytes of a file that is read
 
 
 class RunError(Exception):
@@ -90,6 +94,27 @@ def write_atomically(path, data):
     temporary = path.with_name(path.name + ".tmp")
     write_durably(temporary, data)
     os.replace(temporary, path)
+
+
+def read_regular(path):
+    """The bytes of a file, or None where there is none. Raises RunError for what is no regular file, such as a FIFO,
+    which would be waited for without end, and for one that is too large."""
+    try:
+        with open(path, "rb", opener=without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RunError(f"{path}: not a regular file; {REMEDY}")
+            if status.st_size > LARGEST:
+                raise RunError(f"{path}: {status.st_size} bytes, more than {LARGEST}; {REMEDY}")
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}; {REMEDY}") from error
+
+
+def without_waiting(path, flags):
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither
 
 
 def csv_lines(rows):
@@ -182,11 +207,23 @@ def save(runs):
     """The checkpoints of runs that train together. All are complete beside their places before the first is put in its
     place, so that a crash in between never parts the runs: see `roll_forward`."""
     for run in runs:
-        data = io.BytesIO()
-        torch.save(run.state, data)
-        write_durably(run.folder / PENDING, data.getvalue())
+        write_durably(run.folder / PENDING, packed(run.state))
     for run in runs:
         os.replace(run.folder / PENDING, run.folder / CHECKPOINT)
+
+
+def packed(state):
+    """The bytes of a checkpoint: as torch saves it, and a last line with the checksum of that, which torch ignores."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    return with_checksum(data.getvalue())
+
+
+def with_checksum(data):
+    return data + b"sha256 " + hashlib.sha256(data).hexdigest().encode() + b"\n"
+
+
+CHECKSUM_LENGTH = len(with_checksum(b""))
 
 
 def roll_forward(runs):
@@ -213,13 +250,21 @@ def read_checkpoint(run, name):
 
 
 def load(path):
-    """The state in a checkpoint file, or None where there is none. Runs no code of the file's: weights_only=True."""
-    if not path.exists():
+    """The state in a checkpoint file, or None where there is none. Runs no code of the file's: weights_only=True.
+
+    Raises RunError, and nothing else, whatever the file holds.
+    """
+    data = read_regular(path)
+    if data is None:
         return None
+    content = data[:-CHECKSUM_LENGTH]
+    if data != with_checksum(content):
+        problem = "its checksum is wrong: damaged, half-written, or of an earlier version of this program"
+        raise RunError(f"{path}: {problem}; {REMEDY}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        check_members(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        check_plain(state, len(content))
     except Exception as error:  # torch raises many kinds, all of which mean the same here
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         raise RunError(f"{path}: not a checkpoint that torch can read ({reason}); {REMEDY}") from error
@@ -228,6 +273,38 @@ def load(path):
     if str(state.get("format")) != str(FORMAT):  # as text: it may even be a tensor
         raise RunError(f"{path}: its format is {str(state.get('format'))[:40]}, this program's is {FORMAT}; {REMEDY}")
     return state
+
+
+def check_members(content):
+    """Raises ValueError where a zip file's members are larger than the file: compressed, or over one another."""
+    members = zipfile.ZipFile(io.BytesIO(content)).infolist()
+    if sum(member.file_size for member in members) > len(content):
+        raise ValueError("its parts are larger than the file")
+
+
+def check_plain(state, most):
+    """Raises ValueError where a state is not made of dicts, lists, words, numbers and ordinary tensors, or of more than
+    `most` of them: a list may stand in a file once and be in its state a million times."""
+    for count, part in enumerate(parts(state)):
+        plain = part is None or isinstance(part, (dict, list, tuple, str, float))
+        if isinstance(part, int):
+            plain = abs(part) < 10**100
+        elif torch.is_tensor(part):
+            plain = part.layout == torch.strided and not part.is_meta and not part.is_nested and part.is_contiguous()
+        if not plain:
+            raise ValueError(f"no run has this {type(part).__name__}")
+        if count > most:
+            raise ValueError("more parts than its bytes can hold")
+
+
+def parts(x, depth=4):
+    """x and all that is in it. Raises ValueError where that is deeper than so many levels, as in a cycle."""
+    yield x
+    if isinstance(x, (dict, list, tuple)):
+        if depth == 0:
+            raise ValueError("too deep")
+        for part in [*x, *x.values()] if isinstance(x, dict) else x:
+            yield from parts(part, depth - 1)
 
 
 def check_settings(state, run):
@@ -251,14 +328,14 @@ def check_layout(state, first, path):
         raise RunError(f"{path}: epoch is {state['epoch']}, expected at least 1; {REMEDY}")
     for table, columns in TABLES.items():
         for row in state[table]:
-            if not isinstance(row, list) or len(row) != len(columns) or not all(map(is_plain, row)):
+            if not isinstance(row, list) or len(row) != len(columns) or not all(map(is_cell, row)):
                 raise RunError(f"{path}: {str(row)[:40]} is no row of {','.join(columns)}; {REMEDY}")
     epochs = [row[0] for row in state["log"]]
     if len(epochs) != state["epoch"] or epochs != list(range(1, len(epochs) + 1)):
         raise RunError(f"{path}: its log does not hold epochs 1 to {state['epoch']}; {REMEDY}")
 
 
-def is_plain(x):
+def is_cell(x):
     return x is None or isinstance(x, (int, float)) or (isinstance(x, str) and set(x) <= set("0123456789+-.einfa "))
 
 

@@ -214,7 +214,7 @@ def settings_with(**changes):
 
 
 DAMAGED = [
-    (empty, "checkpoint.pt: not a checkpoint that torch can read"),
+    (empty, "checkpoint.pt: its checksum is wrong"),
     (hostile, "checkpoint.pt: not a checkpoint that torch can read"),
     (saved([1]), "checkpoint.pt: not a checkpoint of this program"),
     (state_with(settings={}), "its settings or parameters are not those of a run"),
