@@ -160,25 +160,23 @@ def locked(folder, wait=False):
 def opened(runs, resume, overwrite, epochs):
     """The runs' folders, locked for this process; with `resume` each run's state is that of its checkpoint.
 
-    Each run comes with the state that it begins with. Nothing is written before all are found good. Raises RunError for
-    a run that exists without `resume` or `overwrite`, is beyond `epochs`, has other settings, or a damaged checkpoint.
+    Each run comes with the state that it begins with. Nothing is written before all are found good, and then nothing of
+    what they replace is left: a crash before the last of them trains must not leave it for a later --resume. Raises
+    RunError for a run that exists without `resume` or `overwrite`, is beyond `epochs`, has other settings, or a damaged
+    checkpoint.
     """
     new = [run for run in runs if not run.folder.exists()]
     with contextlib.ExitStack() as locks:
         for run in runs:
             if run not in new:
                 locks.enter_context(locked(run.folder))
-                if not (resume or overwrite) and any((run.folder / name).exists() for name in RUN_FILES):
-                    raise RunError(
-                        f"{run.folder}: this run exists; give --resume to continue it, --overwrite to start again, or "
-                        "another --out", 2,
-                    )  # fmt: skip
+                if not (resume or overwrite):
+                    check_absent(run)
         saved = [read_checkpoint(run, CHECKPOINT) if resume else None for run in runs]
         for run, state in zip(runs, saved, strict=True):
             if state and state["epoch"] > epochs:
-                raise RunError(
-                    f"{run.folder}: is at epoch {state['epoch']} already; give --epochs {state['epoch']} or more", 2
-                )
+                epoch = state["epoch"]
+                raise RunError(f"{run.folder}: is at epoch {epoch} already; give --epochs {epoch} or more", 2)
         for run in new:
             run.folder.mkdir(parents=True)  # raises where another process has just made it
             locks.enter_context(locked(run.folder))
@@ -186,14 +184,22 @@ def opened(runs, resume, overwrite, epochs):
             run.state = state or run.state
         if resume:
             roll_forward(runs)
+        for run in runs:
+            for name in RUN_FILES if run.state["epoch"] == 0 else []:
+                (run.folder / name).unlink(missing_ok=True)
         yield
+
+
+def check_absent(run):
+    if any((run.folder / name).exists() for name in RUN_FILES):
+        remedy = "give --resume to continue it, --overwrite to start again, or another --out"
+        raise RunError(f"{run.folder}: this run exists; {remedy}", 2)
 
 
 def begin(run, config, evaluated):
     """Make the run's folder ready for training from its state on. evaluated: the epochs at which an evaluation belongs;
     one off the schedule, at what was the last epoch, is not one that a longer run would have made."""
-    for name in RUN_FILES if run.state["epoch"] == 0 else [FAILED]:
-        (run.folder / name).unlink(missing_ok=True)
+    (run.folder / FAILED).unlink(missing_ok=True)
     write_atomically(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
     run.state["eval"] = [row for row in run.state["eval"] if row[0] in evaluated]
     for table, columns in TABLES.items():

@@ -418,6 +418,24 @@ def test_a_stale_pending_checkpoint_is_not_taken(out, tmp_path):
     assert torture.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
 
 
+def test_a_crash_of_overwrite_leaves_no_old_run_for_resume(out, tmp_path, monkeypatch):
+    """It comes while the first algorithm trains: the second's old run, of another β, must not pass for the new one."""
+    train(out, "--overwrite", algo="fomaml directed-fomaml")
+    words = ["--beta", 0.002, "--workers", 1]
+
+    def crash(batch, *args):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", crash)
+        with pytest.raises(Crash):
+            train(out, *words, "--overwrite", algo="fomaml directed-fomaml")
+    train(out, *words, "--resume", algo="fomaml directed-fomaml")
+    train(tmp_path / "whole", *words, algo="fomaml directed-fomaml")
+    for algo in ("fomaml", "directed-fomaml"):
+        assert torture.differences(tmp_path / "whole/cartpole-pg" / algo, out / "cartpole-pg" / algo) == []
+
+
 @pytest.mark.parametrize("damage", [truncate, empty, hostile, fifo_instead])
 def test_a_pending_checkpoint_that_cannot_be_read_is_discarded(out, tmp_path, monkeypatch, damage):
     """A crash came while it was written, before any other was put in its place."""
