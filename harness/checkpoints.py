@@ -55,6 +55,7 @@ class Run:
     folder: Path
     settings: dict
     state: dict
+    place: tuple | None = None  # the `identity` of its folder, once it is locked
 
 
 def flag_of(name):
@@ -125,6 +126,7 @@ def csv_lines(rows):
 
 def append_rows(run, table, rows):
     """Add rows to the end of log.csv or eval.csv."""
+    check_place(run)
     path = run.folder / f"{table}.csv"
     with named(path), open(path, "a", newline="") as file:
         file.write(csv_lines(rows))
@@ -141,19 +143,40 @@ def locked(folder, wait=False):
     if fcntl is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = lock(folder, wait)
+    while identity(os.fstat(descriptor)) != identity(os.stat(folder)):  # made anew while this process waited
+        os.close(descriptor)
+        descriptor = lock(folder, wait)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                f"{folder}: another process is training this run; wait for its end, or give another --out"
-            ) from error
-        except OSError:  # e.g. NFS, which wants the descriptor to be writable, and a folder's cannot be
-            pass
         yield
     finally:
         os.close(descriptor)
+
+
+def lock(folder, wait):
+    """A locked descriptor of the folder. Raises RunError where another process has the lock."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        problem = "another process is training this run; wait for its end, or give another --out"
+        raise RunError(f"{folder}: {problem}") from error
+    except OSError:  # e.g. NFS, which wants the descriptor to be writable, and a folder's cannot be
+        pass
+    return descriptor
+
+
+def identity(status):
+    """What tells a folder from another one of the same name: its number is not given again while it is locked."""
+    return status.st_dev, status.st_ino
+
+
+def check_place(run):
+    """Raises RunError where the run's folder is no longer the one that this command locked."""
+    if run.place not in (None, identity(os.stat(run.folder))):
+        problem = "the folder was deleted while this run trained, and another process made it anew"
+        raise RunError(f"{run.folder}: {problem}; this run is lost")
 
 
 @contextlib.contextmanager
@@ -165,6 +188,8 @@ def opened(runs, resume, overwrite, epochs):
     RunError for a run that exists without `resume` or `overwrite`, is beyond `epochs`, has other settings, or a damaged
     checkpoint.
     """
+    for run in runs:
+        check_links(run)
     new = [run for run in runs if not run.folder.exists()]
     with contextlib.ExitStack() as locks:
         for run in runs:
@@ -181,13 +206,22 @@ def opened(runs, resume, overwrite, epochs):
             run.folder.mkdir(parents=True)  # raises where another process has just made it
             locks.enter_context(locked(run.folder))
         for run, state in zip(runs, saved, strict=True):
-            run.state = state or run.state
+            run.state, run.place = state or run.state, identity(os.stat(run.folder))
         if resume:
             roll_forward(runs)
         for run in runs:
             for name in RUN_FILES if run.state["epoch"] == 0 else []:
                 (run.folder / name).unlink(missing_ok=True)
         yield
+
+
+def check_links(run):
+    """Raises RunError where the folder of a run, of its swept settings or of its algorithm is a link to elsewhere."""
+    for folder in (run.folder, *run.folder.parents):
+        if folder.is_symlink():
+            raise RunError(f"{folder}: a link to another folder; remove it, or give another --out", 2)
+        if folder.name == run.settings["algo"]:
+            return
 
 
 def check_absent(run):
@@ -213,6 +247,7 @@ def save(runs):
     """The checkpoints of runs that train together. All are complete beside their places before the first is put in its
     place, so that a crash in between never parts the runs: see `roll_forward`."""
     for run in runs:
+        check_place(run)
         write_durably(run.folder / PENDING, packed(run.state))
     for run in runs:
         os.replace(run.folder / PENDING, run.folder / CHECKPOINT)

@@ -23,6 +23,7 @@ from bench import torture
 from harness import checkpoints
 from tests.commands import refused, rows, snapshot, train
 
+NO_LOCKS = pytest.mark.skipif(checkpoints.fcntl is None, reason="there are no locks")
 RUN = "cartpole-pg/fomaml/seed1"
 ADAM = "cartpole-pg/directed-meta-sgd/delta0.005/seed1"
 
@@ -351,6 +352,19 @@ def test_links_in_an_untrusted_folder_are_replaced_and_not_followed(out, tmp_pat
     assert outside.read_bytes() == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links")
+@pytest.mark.parametrize("where", [RUN, "cartpole-pg/fomaml"])
+@pytest.mark.parametrize("word", ["--resume", "--overwrite"])
+def test_a_link_in_the_place_of_a_runs_folder_is_refused(out, tmp_path, capsys, where, word):
+    """A run of somebody else's, which would be trained on, or written over."""
+    elsewhere = tmp_path / "elsewhere"
+    (out / where).rename(elsewhere)
+    (out / where).symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    error = refused(capsys, out, word, epochs=6)
+    assert f"{out / where}: a link to another folder; remove it" in error and snapshot(elsewhere) == before
+
+
 # --- crashes ---
 
 
@@ -471,7 +485,7 @@ def test_a_sweep_killed_at_random_moments_equals_one_that_was_not(tmp_path, star
 # --- two processes at once ---
 
 
-@pytest.mark.skipif(checkpoints.fcntl is None, reason="there are no locks")
+@NO_LOCKS
 def test_a_second_process_on_the_same_run_is_refused_and_harms_nothing(tmp_path, capsys, start):
     command = start("--env", "cartpole", "--algo", "fomaml", out=tmp_path)
     folder = tmp_path / RUN
@@ -486,6 +500,41 @@ def test_a_second_process_on_the_same_run_is_refused_and_harms_nothing(tmp_path,
     epochs = len(rows(folder / "log.csv"))
     assert epochs >= 3
     train(tmp_path, "--resume", epochs=5 + epochs)  # the dead process leaves no lock
+
+
+@pytest.fixture
+def one_run(tmp_path):
+    """A run in a folder of its own, at epoch 0."""
+    return checkpoints.Run(tmp_path / "maml/seed1", {"algo": "maml"}, {"epoch": 0, "log": [], "eval": []})
+
+
+@NO_LOCKS
+def test_a_run_whose_folder_was_deleted_and_made_anew_writes_nothing_there(one_run):
+    """By `rm -r` and a second command, whose lock is on the new folder."""
+    with checkpoints.opened([one_run], resume=False, overwrite=False, epochs=1):
+        one_run.folder.rmdir()
+        one_run.folder.mkdir()
+        for write in (lambda: checkpoints.save([one_run]), lambda: checkpoints.append_rows(one_run, "log", [[1]])):
+            with pytest.raises(checkpoints.RunError, match="seed1: the folder was deleted while this run trained"):
+                write()
+        assert snapshot(one_run.folder) == {}
+
+
+@NO_LOCKS
+def test_a_folder_that_is_made_anew_while_its_lock_is_awaited_is_locked(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    flock = checkpoints.fcntl.flock
+
+    def made_anew(descriptor, how):
+        monkeypatch.undo()
+        folder.rmdir()
+        folder.mkdir()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", made_anew)
+    with checkpoints.locked(folder, wait=True), pytest.raises(checkpoints.RunError, match="another process"):
+        checkpoints.lock(folder, wait=False)
 
 
 # --- disks ---
