@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from harness.errors import first_line
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -307,7 +309,7 @@ def load(path):
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         check_plain(state, len(content))
     except Exception as error:  # torch raises many kinds, all of which mean the same here
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:120]
         raise RunError(f"{path}: not a checkpoint that torch can read ({reason}); {REMEDY}") from error
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise RunError(f"{path}: not a checkpoint of this program; {REMEDY}")

@@ -7,6 +7,7 @@ Untrusted runs are safe to open: a checkpoint is data, and an environment `modul
 only if the caller names it.
 """
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import policies
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.errors import first_line
+from settings import ALL_SETTINGS
 
+MOST_NUMBERS = 2**28  # of the episodes that one inner step samples
 WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
 
 
@@ -38,19 +41,42 @@ def load(folder, trusted_env=None):
     settings = state["settings"]
     name = settings.get("env")
     if isinstance(name, str) and ":" in name and name != trusted_env:
-        raise RunError(f"{path}: runs the code of module {name}; if you trust it, give --env {name} too", 2)
+        problem = f"{path}: runs the code of module {name!r}; if you trust it"
+        raise RunError(f"{problem}, give --env {name!r} too, or in Python trusted_env={name!r}", 2)
     try:
-        for key, least in (("horizon", 1), ("trajectories", 1), ("inner_steps", 0), ("seed", 0)):
-            if type(settings[key]) is not int or settings[key] < least:
-                raise ValueError(f"{key} is {settings[key]!r}")
+        check_settings(settings)
         env = gyms.family_of(settings)
+        numbers = settings["trajectories"] * env.horizon * (env.obs_dim + env.action_dim)
+        if numbers > MOST_NUMBERS:
+            raise ValueError(f"episodes of {numbers} numbers")
         alpha = state["alpha"] or float(settings["eval_alpha"] or settings["alpha"])
         policy = Policy(env, settings, state["theta"], alpha)
         obs = np.zeros((2, env.obs_dim))
         policy.adapt(episodes=[[(obs, [policy.act(obs[0])], [0.0])] * 2])  # a θ, α or loss of another kind fails here
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a run from a stranger may lead to
         raise RunError(f"{path}: its settings or parameters are not those of a run ({first_line(error)})") from error
     return policy
+
+
+def check_settings(settings):
+    """Raises ValueError where a setting is not what its flag takes."""
+    for setting in (x for x in ALL_SETTINGS.values() if x.identity):
+        value = settings[setting.name]
+        for x in value if isinstance(value, list) and setting.nargs else [value]:
+            if not takes(setting, x):
+                raise ValueError(f"{setting.name} is {x!r}")
+
+
+def takes(setting, x):
+    """Whether a setting may have this value; None where it does not apply, or has no default."""
+    if x is None:
+        return bool(setting.needs) or setting.default is None
+    if setting.type is bool:
+        return isinstance(x, bool)
+    try:
+        return x in setting.choices if setting.choices else setting.type(str(x)) == x
+    except ArgumentTypeError:
+        return False
 
 
 @dataclass
@@ -76,12 +102,24 @@ class Policy:
         """An action that gymnasium's env.step takes, for one observation of any shape that has D numbers.
 
         Drawn from the policy; `greedy`: its mode. Box actions are scaled from the policy's [−1, 1] to the box.
+        Raises ValueError for another observation.
         """
-        obs = np.asarray(observation, np.float32).reshape(1, 1, self.env.obs_dim)
+        obs = self.as_numbers(observation)
         draw = self.rng.gumbel if isinstance(self.env.actions, int) else self.rng.normal
         noise = draw(size=(1, 1, self.env.action_dim)).astype(np.float32) * (not greedy)
         (action,) = policies.actor(as_numpy(self.theta), self.head)(obs, noise)[0]
         return int(action) if isinstance(self.env.actions, int) else envs.in_box(action, *self.box)
+
+    def as_numbers(self, observation):
+        """One observation as an array (1, 1, D)."""
+        try:
+            obs = np.asarray(observation, np.float32).reshape(1, 1, self.env.obs_dim)
+        except (TypeError, ValueError) as error:
+            expected = f"{self.env.obs_dim} numbers, a Dict or Tuple as gymnasium.spaces.flatten gives it"
+            raise ValueError(f"observation: expected {expected} ({first_line(error)})") from error
+        if not np.isfinite(obs).all():
+            raise ValueError(f"observation {obs.ravel()}: expected finite numbers")
+        return obs
 
     @property
     def box(self):
@@ -120,10 +158,12 @@ class Policy:
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 
     def check_phi(self, phi):
+        """φ as a tensor (1, 1, P)."""
+        phi = np.ravel(phi).tolist()  # also a single number
         if len(phi) != len(self.env.phi_names):
             expected = f"expected {len(self.env.phi_names)} number(s): {', '.join(self.env.phi_names)}"
             raise envs.ArgumentError("phi", " ".join(f"{x:g}" for x in phi), expected)
-        return torch.tensor([[list(map(float, phi))]])
+        return torch.tensor([[phi]], dtype=torch.float32)
 
     def sample(self, phi, rng, params, num_trajectories=None):
         """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""

@@ -187,6 +187,25 @@ def test_adapting_takes_the_runs_inner_steps_and_leaves_the_policy_as_it_was(sma
     assert not all(torch.equal(once[name], twice[name]) for name in before)
 
 
+def test_a_single_number_is_a_task_too(small):
+    policy = trained.load(small / CARTPOLE)
+    one, listed = policy.adapt(phi=12.0).theta, policy.adapt(phi=[12.0]).theta
+    assert all(torch.equal(one[name], listed[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("observation", "says"),
+    [
+        ({"x": 1.0}, r"expected 4 numbers, a Dict or Tuple as gymnasium.spaces.flatten gives it \(TypeError"),
+        ([1.0, 2.0, 3.0], "expected 4 numbers"),
+        ([1.0, 2.0, 3.0, np.nan], "expected finite numbers"),
+    ],
+)
+def test_an_observation_of_another_kind_is_refused(small, observation, says):
+    with pytest.raises(ValueError, match=says):
+        trained.load(small / CARTPOLE).act(observation)
+
+
 OBS, ONE = np.zeros((3, 4)), [0.0] * 3
 
 
@@ -221,7 +240,7 @@ DAMAGED = [
     (state_with(format=torch.zeros(2)), "its format is tensor([0., 0.])"),
     (settings_with(env="../../x"), "not those of a run (ArgumentError: name ../../x: unknown environment"),
     (settings_with(env=3), "its settings or parameters are not those of a run"),
-    (settings_with(rl="x"), "its settings or parameters are not those of a run (KeyError: 'x')"),
+    (settings_with(rl="x"), "its settings or parameters are not those of a run (ValueError: rl is 'x')"),
     (settings_with(gamma="large"), "its settings or parameters are not those of a run"),
     (settings_with(horizon=torch.zeros(2)), "its settings or parameters are not those of a run"),
     (settings_with(horizon="9"), "its settings or parameters are not those of a run"),
@@ -230,7 +249,12 @@ DAMAGED = [
     (settings_with(horizon=0), "its settings or parameters are not those of a run (ValueError: horizon is 0)"),
     (settings_with(trajectories=-1), "its settings or parameters are not those of a run"),
     (settings_with(inner_steps="x"), "its settings or parameters are not those of a run"),
-    (settings_with(seed=None), "its settings or parameters are not those of a run"),
+    (settings_with(seed=None), "its settings or parameters are not those of a run (ValueError: seed is None)"),
+    (settings_with(seed="1-3"), "(ValueError: seed is '1-3')"),
+    (settings_with(eval_steps=10**12), "(ValueError: eval_steps is 1000000000000)"),
+    (settings_with(task_dist="x"), "(ValueError: task_dist is 'x')"),
+    (settings_with(horizon=10**9), "(ValueError: episodes of 18000000000 numbers)"),  # 3 of 4 + 2 numbers a step
+    (settings_with(env="\x1b[31m"), "(ArgumentError: name \\x1b[31m: unknown environment"),
     (settings_with(alpha=None), "its settings or parameters are not those of a run"),
     (state_with(theta=None), "its settings or parameters are not those of a run"),
     (state_with(theta=3), "its settings or parameters are not those of a run"),
@@ -265,7 +289,8 @@ def test_an_environment_that_is_a_modules_code_is_made_only_if_the_caller_names_
     path.write_bytes((small / PENDULUM / "checkpoint.pt").read_bytes())
     settings_with(env=name)(path)
     for trusted in (None, "another_module:Theirs-v0", "Pendulum-v1"):
-        with pytest.raises(RunError, match=f"runs the code of module {name}; if you trust it, give --env {name} too"):
+        says = f"runs the code of module '{name}'; .* give --env '{name}' too, or in Python trusted_env='{name}'"
+        with pytest.raises(RunError, match=says):
             trained.load(tmp_path, trusted)
     with pytest.raises(SystemExit) as stop:
         run.main(["--watch", str(tmp_path)])
