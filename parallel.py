@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 import envs
 import policies
-from harness.errors import first_line
+from harness.checkpoints import RunError
+from harness.errors import first_line, with_place
 
 
 class ProcessError(RuntimeError):
@@ -62,11 +63,11 @@ def rollout_here(env, make_act, params, phi, noise):
 
 
 def rollout_of_stranger(env, make_act, params, phi, noise):
-    """As `rollout_here`; whatever an environment that is not ours raises is a ProcessError."""
+    """As `rollout_here`; whatever an environment that is not ours raises is a RunError, which no --resume mends."""
     try:
         return rollout_here(env, make_act, params, phi, noise)
     except Exception as error:
-        raise ProcessError(f"the environment failed: {first_line(error)}") from error
+        raise RunError(f"the environment failed: {with_place(error)}") from error
 
 
 class CapturedRollout:
@@ -251,7 +252,7 @@ def serve(pipe, env, make_act, index, count):
                     trajectories = rollout_here(env, make_act, params, phi, noise)
                     answer = {key: x.reshape(-1, *x.shape[3:])[own] for key, x in trajectories.items()}
             except Exception as error:
-                answer = ProcessError(f"the environment failed in a sampling worker: {first_line(error)}")
+                answer = RunError(f"the environment failed in a sampling worker: {with_place(error)}")
             pipe.send(answer)
 
 

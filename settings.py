@@ -22,6 +22,7 @@ import policies
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.errors import first_line, hint
+from harness.trial import check_tasks
 
 
 @dataclass(frozen=True)
@@ -362,7 +363,7 @@ def make_env(args):
             envs.check_bounds("eval_range", args.eval_range, env.phi_names)
         grid = envs.held_out_tasks(env, args.eval_range, args.eval_values)
         if env.is_gymnasium and (args.eval_range or args.eval_values):
-            env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
+            check_tasks(env, "eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
     except envs.ArgumentError as error:
         raise RunError(error.line(FLAGS.get(error.argument) or ALL_SETTINGS[error.argument].flag), 2) from error
     return env

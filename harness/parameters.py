@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
+from functools import lru_cache
 from numbers import Real
 
 import gymnasium
@@ -16,6 +17,7 @@ from harness.errors import first_line, hint
 HALF_READ = {"CartPole": ("masspole", "length", "polemass_length")}
 
 
+@lru_cache
 def path_parts(path):
     """`model.opt.gravity[2]` -> ["model", "opt", "gravity", (2,)]; an index or a dict's key is a tuple."""
     parts = re.findall(r"([^.\[\]]+)|\[([^\[\]]+)\]", path)

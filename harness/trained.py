@@ -107,8 +107,11 @@ class Policy:
         obs = self.as_numbers(observation)
         draw = self.rng.gumbel if isinstance(self.env.actions, int) else self.rng.normal
         noise = draw(size=(1, 1, self.env.action_dim)).astype(np.float32) * (not greedy)
-        (action,) = policies.actor(as_numpy(self.theta), self.head)(obs, noise)[0]
-        return int(action) if isinstance(self.env.actions, int) else envs.in_box(action, *self.box)
+        actions = policies.actor(as_numpy(self.theta), self.head)(obs, noise)[0]  # one of them
+        if not isinstance(self.env.actions, int):
+            actions = envs.in_box(actions, *self.box)
+        (action,) = self.env.dynamics.taken(actions) if self.env.is_gymnasium else actions
+        return int(action) if isinstance(self.env.actions, int) else action
 
     def as_numbers(self, observation):
         """One observation as an array (1, 1, D)."""
@@ -201,10 +204,15 @@ class Policy:
             parts["obs"][0, 0, k, :count] = obs[:count]
             parts["rewards"][0, 0, k, :count] = torch.as_tensor(np.asarray(rewards, np.float32))
             taken = np.asarray(actions)
-            parts["actions"][0, 0, k, :count] = torch.as_tensor(taken if discrete else self.from_box(taken))
+            own = taken - self.first_action if discrete else self.from_box(taken.reshape(count, -1))
+            parts["actions"][0, 0, k, :count] = torch.as_tensor(own)
             if len(obs) > count:
                 parts["last_obs"][0, 0, k], parts["terminated"][0, 0, k] = obs[count], False
         return parts
+
+    @property
+    def first_action(self):
+        return self.env.dynamics.first_action if self.env.is_gymnasium else 0
 
     def from_box(self, taken):
         """Actions of the environment as the policy's, in [−1, 1]; those at an end of the box are ±1 exactly."""

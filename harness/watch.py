@@ -162,7 +162,7 @@ def render_states(env_id, episode, mode):
 
 def replay(env, phi, noise, episode, mode):
     """By the gymnasium environment itself, in a rollout with the episode's actions."""
-    shown = env.dynamics.rendered(mode)
+    shown = env.dynamics.changed(keywords=env.dynamics.keywords | {"render_mode": mode})
     length = int(episode["mask"].sum())
     pictures, actions = [], iter(episode["actions"][episode["mask"]])
 

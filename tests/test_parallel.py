@@ -20,7 +20,7 @@ import parallel
 import policies
 from bench import torture
 from envs import draw_noise, generators, rollout, sample_tasks
-from harness.checkpoints import Run
+from harness.checkpoints import Run, RunError
 from harness.gyms import make
 from parallel import CapturedRollout, ProcessError, Workers
 from run import share_out
@@ -115,14 +115,14 @@ def test_what_fails_in_a_worker_is_said_here_and_it_serves_on(pendulum):
     env, phi, noise = pendulum
     with Workers(env, noise_or_failure, 2) as workers:
         says = "the environment failed in a sampling worker: FloatingPointError: no such luck"
-        with pytest.raises(ProcessError, match=says):
+        with pytest.raises(RunError, match=says):
             workers.rollout({"w": torch.zeros(1)}, phi, noise)
         assert same(workers.rollout({}, phi, noise), rollout(env, noise_itself({}), phi, noise))
 
 
 def test_what_fails_in_this_process_is_said_the_same_way(pendulum):
     env, phi, noise = pendulum
-    with pytest.raises(ProcessError, match="the environment failed: FloatingPointError: no such luck"):
+    with pytest.raises(RunError, match="the environment failed: FloatingPointError: no such luck"):
         parallel.rollout_of_stranger(env, noise_or_failure, {"w": torch.zeros(1)}, phi, noise)
 
 
