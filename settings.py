@@ -113,6 +113,8 @@ SETTINGS = {
                 "cartpole"),
         Setting("param", "numbers of a gymnasium environment that are φ: attributes, paths such as "
                 "model.opt.gravity[2], or make.NAME, a keyword of its constructor", "g", nargs="+"),
+        Setting("make", "keywords for the constructor of a gymnasium environment, NAME=VALUE", "enable_wind=True",
+                shown="none", nargs="+"),
         Setting("range", "Φ: LOW HIGH for each component of φ", "5 15", number(float), None, "by env", "+"),
         Setting("values", "instead of --range: tasks φ one after the other, ρ is uniform over them", "0 1 2 5",
                 number(float), nargs="+"),

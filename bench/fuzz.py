@@ -88,6 +88,8 @@ def right_values(setting, rng, env):
         words = [*envs.MEDIUM_TASKS, None] if setting.name == "medium" else [None]
         word = rng.choice(words)
         return [word] if word else [str(x) for x in env.low]
+    if setting.name == "make":
+        return ["g=10"]
     words = accepted(setting, NUMBERS)
     return rng.sample(words, rng.randint(1, min(2, len(words))) if setting.nargs else 1)
 
@@ -98,9 +100,13 @@ def right_line(rng):
     env = gyms.FAMILIES.get(name, PENDULUM)
     line = {"env": [name], "algo": right_values(ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
-        line |= {"param": ["g"], "range": ["5", "15"]}
+        line |= {
+            "param": ["g"],
+            "range": ["5", "15"],
+            "make": [rng.choice(["render_mode=None", "render_mode=rgb_array"])],
+        }
     args = argparse.Namespace(rl=None, watch=None)
-    chosen = [s for s in ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param")]
+    chosen = [s for s in ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param", "make")]
     for setting in chosen:
         if rng.random() < 0.25:
             line[setting.name] = right_values(setting, rng, env)

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import copy
 import importlib
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
@@ -19,7 +20,7 @@ import numpy as np
 import envs
 from envs import ArgumentError, Env
 from harness.errors import first_line, hint
-from harness.parameters import numbers_of, parameter, path_parts, set_parameter
+from harness.parameters import keywords_of, numbers_of, parameter, path_parts, set_parameter
 from harness.trial import check_range, check_tasks
 
 
@@ -171,13 +172,15 @@ def make(name, names=None, bounds=None, horizon=None, values=None, keywords=None
     if name in envs.ENVS and keywords is not None:
         raise ArgumentError("make", " ".join(keywords), f"{name} has no constructor; leave it out")
     fixed = dict(map(keyword_of, keywords or []))
-    if name in FAMILIES:
+    if name in envs.ENVS:
         env = FAMILIES[name]
-    else:
-        first = values or (bounds or [])[::2]
-        env = gymnasium_env(name, names, dict(zip(names or (), first, strict=False)), horizon, fixed)
-    if env.is_gymnasium:
+    elif name in FAMILIES:
+        env = FAMILIES[name]
+        check_keywords(env.dynamics.env_id, fixed, env.dynamics.names)
         env = replace(env, dynamics=env.dynamics.changed(keywords=fixed))
+    else:
+        first = dict(zip(names or (), values or (bounds or [])[::2], strict=False))
+        env = gymnasium_env(name, names, first, horizon, fixed)
     env = envs.with_tasks(env, bounds, horizon, values)
     if not env.low:
         expected = f"give LOW HIGH for {', '.join(env.phi_names)} of {name}, e.g. 5 15"
@@ -198,6 +201,17 @@ def keyword_of(word):
         return name, ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return name, text
+
+
+def check_keywords(env_id, keywords, names):
+    """Raises ArgumentError for a keyword that the constructor does not take, or that is a parameter too."""
+    known = keywords_of(spec_of(env_id)) if keywords else {}
+    for keyword, value in keywords.items():
+        if f"make.{keyword}" in names:
+            raise ArgumentError("make", f"{keyword}={value}", "it is φ; leave it out")
+        if keyword not in known and not isinstance(known, defaultdict):
+            problem = f"{env_id} has no such keyword; {hint(keyword, known, ', '.join(known))}"
+            raise ArgumentError("make", f"{keyword}={value}", problem)
 
 
 def gymnasium_env(env_id, names, first, horizon, keywords):
@@ -241,12 +255,15 @@ def probe_of(env_id, first, keywords):
     required = {name.removeprefix("make."): x for name, x in first.items() if name.startswith("make.")}
     required = {name: int(x) if float(x).is_integer() else x for name, x in required.items()}
     try:
+        check_keywords(env_id, keywords, first)
         try:
             return gymnasium.make(env_id, disable_env_checker=True, **keywords)
         except TypeError:
             if not required:
                 raise
             return gymnasium.make(env_id, disable_env_checker=True, **(required | keywords))
+    except ArgumentError:
+        raise
     except Exception as error:  # whatever an import or a constructor may raise: it is shown
         problem = f"gymnasium cannot make it: {first_line(error)}"
         raise ArgumentError("name", env_id, problem) from error

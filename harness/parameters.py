@@ -52,7 +52,7 @@ def is_number(x):
 def parameter(env_id, env, name):
     """The value of a parameter without φ, None for a constructor's keyword without one. Raises ArgumentError where
     there is no such number that can be set."""
-    keywords = keywords_of(env)
+    keywords = keywords_of(env.unwrapped.spec)
     parts, known = path_parts(name), numbers_of(env)
     try:
         if any(str(part).startswith("__") for part in parts):
@@ -80,9 +80,8 @@ def parameter(env_id, env, name):
     return value
 
 
-def keywords_of(env):
+def keywords_of(spec):
     """{keyword of the constructor: its default, None where there is none}; any keyword where it takes any."""
-    spec = env.unwrapped.spec
     creator = spec.entry_point
     creator = creator if callable(creator) else gymnasium.envs.registration.load_env_creator(creator)
     found = inspect.signature(creator).parameters.values()
@@ -105,5 +104,5 @@ def numbers_of(env):
             except Exception:  # whatever a property may raise
                 continue
             found |= {f"{name}[{key}]": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
-    found |= {f"make.{name}": value for name, value in keywords_of(env).items()}
+    found |= {f"make.{name}": value for name, value in keywords_of(env.unwrapped.spec).items()}
     return [name for name, value in found.items() if is_number(value)]

@@ -61,7 +61,7 @@ def load(folder, trusted_env=None):
 def check_settings(settings):
     """Raises ValueError where a setting is not what its flag takes."""
     for setting in (x for x in ALL_SETTINGS.values() if x.identity):
-        value = settings[setting.name]
+        value = settings.get(setting.name)
         for x in value if isinstance(value, list) and setting.nargs else [value]:
             if not takes(setting, x):
                 raise ValueError(f"{setting.name} is {x!r}")

@@ -15,7 +15,7 @@ from gymnasium import spaces
 import envs
 import run
 from envs import ArgumentError
-from harness import trained, watch
+from harness import gyms, trained, watch
 from harness.gyms import make
 from settings import make_env, parse, plan
 from tests.commands import REPOSITORY, refused, rows, train
@@ -355,7 +355,10 @@ class Odd(gymnasium.Env):
 
 
 def odd(step=None, reset=None, steps=3, **attributes):
-    """The id of an Odd environment with other methods or attributes; step, reset: (env, what Odd returns) -> the same."""
+    """The id of an Odd environment with other methods or attributes.
+
+    step, reset: (env, what Odd returns) -> what this one returns.
+    """
     methods = {} if step is None else {"step": lambda self, action: step(self, Odd.step(self, action))}
     methods |= {} if reset is None else {"reset": lambda self, **options: reset(self, Odd.reset(self, **options))}
     env_id = f"Odd{len(gymnasium.registry)}-v0"
@@ -560,3 +563,41 @@ def test_a_keyword_that_changes_nothing_is_refused_like_an_attribute():
 def test_a_gravity_whose_sign_changes_is_warned_of(capsys):
     make("LunarLander-v3", ["gravity"], values=[-5, 5])
     assert capsys.readouterr().err == "warning: gravity is -10 in LunarLander-v3, and 5 points upward\n"
+
+
+# --- keywords for the constructor ---
+
+
+def test_keywords_reach_every_instance_and_are_part_of_the_run(tmp_path, capsys):
+    words = ["--param", "wind_power", "--range", 5, 15, "--make", "enable_wind=True", "--horizon", 5]
+    train(tmp_path, *words, env="LunarLander-v3", epochs=1)
+    folder = tmp_path / "LunarLander-v3-pg/fomaml/seed1"
+    assert json.loads((folder / "config.json").read_text())["make"] == ["enable_wind=True"]
+    assert trained.load(folder).env.dynamics.keywords == {"enable_wind": True}
+    run.main(["--like", str(folder), "--seed", "2", "--out", str(tmp_path), "--quiet"])
+    assert trained.load(folder.with_name("seed2")).env.dynamics.keywords == {"enable_wind": True}
+    words[words.index("enable_wind=True")] = "enable_wind=1"
+    assert "give --make as before" in refused(capsys, tmp_path, *words, "--resume", env="LunarLander-v3", epochs=2)
+    assert make("lunarlander", keywords=["enable_wind=True"]).dynamics.keywords == {"enable_wind": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("Sized-v0", ["size"], "make size: expected NAME=VALUE"),
+        ("Sized-v0", ["size=2", "unsued=1"], "make unsued=1: Sized-v0 has no such keyword; did you mean unused?"),
+        ("Sized-v0", ["size=2", "unused=1"], "make unused=1: it is φ; leave it out"),
+        ("Sized-v0", [], "Sized-v0: gymnasium cannot make it: TypeError: .* argument: 'size'"),
+        ("lunarlander", ["windy=1"], "make windy=1: LunarLander-v3 has no such keyword"),
+        ("cartpole", ["x=1"], "make x=1: cartpole has no constructor; leave it out"),
+    ],
+)
+def test_keywords_that_the_constructor_does_not_take_are_refused(name, words, says):
+    with pytest.raises(ArgumentError, match=says):
+        make(name, ["make.unused"] if name == "Sized-v0" else None, [1, 2], keywords=words)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("0.5", 0.5), ("True", True), ("None", None), ("4x4", "4x4")])
+def test_values_of_keywords_are_pythons_numbers_or_words(text, value):
+    name, got = gyms.keyword_of(f"x={text}")
+    assert name == "x" and got == value and type(got) is type(value)
