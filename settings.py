@@ -447,9 +447,13 @@ def medium_of(args, env):
     """--medium as one of the words, or a φ as a list of numbers."""
     words = args.medium or default_of(ALL_SETTINGS["medium"])
     mean_in_list = words[0] == "mean" and tuple(envs.mean_task(env)) in env.values
-    if words[0] in ("mean", "sampled", "median") and not (gyms.mixes(env) or mean_in_list):
+    if words[0] in ("mean", "sampled", "median") and env.values and not mean_in_list:
         remedy = "give --medium one of them, random or pooled"
-        raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
+        if not gyms.mixes(env):
+            raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
+        if args.medium is None:
+            problem = "--medium mean: the mean of --values is none of them, and may be no task"
+            raise RunError(f"{problem}; {remedy}, or mean where it is one", 2)
     if len(words) == 1 and words[0] in envs.MEDIUM_TASKS:
         return words[0]
     try:

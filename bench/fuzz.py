@@ -100,11 +100,7 @@ def right_line(rng):
     env = gyms.FAMILIES.get(name, PENDULUM)
     line = {"env": [name], "algo": right_values(ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
-        line |= {
-            "param": ["g"],
-            "range": ["5", "15"],
-            "make": [rng.choice(["render_mode=None", "render_mode=rgb_array"])],
-        }
+        line |= {"param": ["g"], "range": ["5", "15"], "make": ["render_mode=None"]}
     args = argparse.Namespace(rl=None, watch=None)
     chosen = [s for s in ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param", "make")]
     for setting in chosen:
@@ -116,6 +112,8 @@ def right_line(rng):
     for name, excluded in (("values", ("range", "task_dist")), ("eval_values", ("eval_range",))):
         for other in excluded if name in line else ():
             line.pop(other, None)
+    if "values" in line:  # whose mean may be no task
+        line.setdefault("medium", ["random"])
     if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
         line["inner_steps"] = ["1"]
     inner = ("meta-sgd", "maml++", "reptile", "imaml")

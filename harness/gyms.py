@@ -167,20 +167,18 @@ def make(name, names=None, bounds=None, horizon=None, values=None, keywords=None
     names: parameters of the gymnasium environment that are φ; bounds, values: as in
     `envs.with_tasks`; keywords: for its constructor, a list of NAME=VALUE.
     """
-    if name in FAMILIES and names is not None:
-        raise ArgumentError("names", " ".join(names), f"{name} has its own φ; leave it out")
-    if name in envs.ENVS and keywords is not None:
-        raise ArgumentError("make", " ".join(keywords), f"{name} has no constructor; leave it out")
     fixed = dict(map(keyword_of, keywords or []))
-    if name in envs.ENVS:
-        env = FAMILIES[name]
-    elif name in FAMILIES:
-        env = FAMILIES[name]
-        check_keywords(env.dynamics.env_id, fixed, env.dynamics.names)
-        env = replace(env, dynamics=env.dynamics.changed(keywords=fixed))
-    else:
+    env = FAMILIES.get(name)
+    if env and names is not None:
+        raise ArgumentError("names", " ".join(names), f"{name} has its own φ; leave it out")
+    if env and keywords is not None and not env.is_gymnasium:
+        raise ArgumentError("make", " ".join(keywords), f"{name} has no constructor; leave it out")
+    if env is None:
         first = dict(zip(names or (), values or (bounds or [])[::2], strict=False))
         env = gymnasium_env(name, names, first, horizon, fixed)
+    elif env.is_gymnasium:
+        check_keywords(env.dynamics.env_id, fixed, env.dynamics.names)
+        env = replace(env, dynamics=env.dynamics.changed(keywords=fixed))
     env = envs.with_tasks(env, bounds, horizon, values)
     if not env.low:
         expected = f"give LOW HIGH for {', '.join(env.phi_names)} of {name}, e.g. 5 15"

@@ -13,7 +13,7 @@ import numpy as np
 
 import envs
 import policies
-from harness import checkpoints, gyms
+from harness import checkpoints
 from harness.checkpoints import RunError
 from harness.errors import first_line
 from harness.trained import WATCH, as_numpy, load
@@ -50,9 +50,9 @@ def watch(folder, phi=None, trusted_env=None):
 
 
 def default_task(env):
-    """The mean task, or the first one where tasks are a list and their mean is no task."""
+    """The mean task, or the first one where tasks are a list and their mean is not in it."""
     mean = envs.mean_task(env)
-    return mean if gyms.mixes(env) or tuple(mean) in env.values else env.values[0]
+    return mean if not env.values or tuple(mean) in env.values else env.values[0]
 
 
 def as_gif(pictures, duration):

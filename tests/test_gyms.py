@@ -222,7 +222,11 @@ def test_listed_tasks_are_drawn_equally_often_and_their_ends_are_phis():
     ("words", "medium"),
     [
         ("--param level --values 0 1 2", "mean"),  # their mean, 1, is one of them
-        ("--param pull --values 0 1 4", "mean"),  # 1.67 is a number as good as others
+        ("--param pull --values 0 1 4", None),  # 1.67 is none of them
+        ("--param pull --values 0 1 2", "mean"),
+        ("--param pull --values -1 1", None),  # forward and backward: 0 may be no task
+        ("--param pull --values 0 1 4 --medium mean", "mean"),
+        ("--param pull --values 0 1 4 --medium 4", [4.0]),
         ("--param level --values 0 1 3", None),  # 1.33 is no level
         ("--param make.size --values 3 4 7", None),
         ("--param make.depth level --values 0 1 1 2", None),
@@ -238,7 +242,7 @@ def test_the_medium_task_is_the_mean_of_listed_tasks_where_that_is_a_task(words,
     args = parse(["--env", "Room-v0", "--algo", "directed-maml", *words.split()])
     env = make_env(args)
     if medium is None:
-        with pytest.raises(run.RunError, match="--medium .* is no task; give --medium one of them, random or pooled"):
+        with pytest.raises(run.RunError, match="--medium .* no task; give --medium one of them, random or pooled"):
             plan(args, "directed-maml", env)
         return
     [(_, settings)] = plan(args, "directed-maml", env)
