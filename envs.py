@@ -11,28 +11,87 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# --- randomness: one generator per run, set anew for every purpose ---
+# --- random numbers: each is a pure function of (run's key, purpose, epoch, call, task, index) ---
+
+PURPOSES = INIT, TASKS, MEDIUM, EVALUATION, WATCH, OTHER = range(6)  # what random numbers are drawn for
+WORD = 0xFFFFFFFF  # the low 32 bits
 
 
-def generators(seeds, *stream):
-    """One torch.Generator per run; `stream` (integers, e.g. purpose and epoch) names independent number streams.
+class Stream(NamedTuple):
+    """The random numbers of S runs for one purpose in one epoch: arrays of numpy, or tensors on any device.
 
-    A run's numbers depend on its seed and the stream alone: not on the runs beside it, nor on the algorithm, nor on
-    what was drawn before. So paired runs share tasks and noise, and resuming needs no generator state.
+    A run's numbers depend on its seed, the purpose and the epoch alone: not on the device, the runs beside it, the
+    algorithm, nor what was drawn before. So paired runs share tasks and noise, and resuming needs no generator state.
     """
-    states = [np.random.SeedSequence([seed, *stream]).generate_state(1)[0] for seed in seeds]
-    return [torch.Generator().manual_seed(int(state)) for state in states]
+
+    keys: np.ndarray | torch.Tensor  # (2, S, 1, 1): two 32-bit words for each run
+    epoch: np.ndarray | torch.Tensor  # (1,): a recorded CUDA graph reads it anew at every replay
+
+    @property
+    def xp(self):
+        return np if isinstance(self.keys, np.ndarray) else torch
+
+    def integers(self, numbers):
+        """A Python range as integers (n,) where the keys are."""
+        ends = numbers.start, numbers.stop, numbers.step
+        return np.arange(*ends) if self.xp is np else torch.arange(*ends, device=self.keys.device)
+
+    def floats(self, integers):
+        """Integers in torch's default dtype, float32 unless a test says otherwise."""
+        dtype = torch.get_default_dtype()
+        return integers.astype(str(dtype).split(".")[1]) if self.xp is np else integers.to(dtype)
 
 
-def on_device(generators, device):
-    """Generators of the same seeds on a GPU, which draws at once what a CPU takes long for; the numbers are others."""
-    if device == "cpu":
-        return generators
-    return [torch.Generator(device).manual_seed(g.initial_seed()) for g in generators]
+def stream(seeds, purpose, epoch=0):
+    """The `Stream` of runs with these seeds, in numpy."""
+    keys = [np.random.SeedSequence([seed, purpose]).generate_state(2) for seed in seeds]
+    return Stream(np.array(keys, np.int64).T[..., None, None], np.array([epoch]))
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al. 2011): four random 32-bit words for each counter, four words, and key, two words.
+
+    Words are int64 arrays that broadcast, numpy's or torch's. Products wrap around at 64 bits, >> keeps the sign, and
+    only the low 32 bits of b and d are meant: what is used is masked.
+    """
+    a, b, c, d = counter
+    key_a, key_c = key
+    for _ in range(10):
+        product_a, product_c = a * 0xD2511F53, c * 0xCD9E8D57
+        a = ((product_c >> 32) ^ b ^ key_a) & WORD
+        c = ((product_a >> 32) ^ d ^ key_c) & WORD
+        b, d = product_c, product_a
+        key_a, key_c = key_a + 0x9E3779B9, key_c + 0xBB67AE85
+    return a, b & WORD, c, d & WORD
+
+
+def random_words(stream, call, tasks, shape):
+    """Random 32-bit words of each run for each of the M `tasks`, a range of their numbers: int64 (S, M, *shape)."""
+    count = math.prod(shape)
+    blocks, tasks = stream.integers(range(math.ceil(count / 4))), stream.integers(tasks)[:, None]
+    words = stream.xp.stack(philox((blocks, call, stream.epoch, tasks), stream.keys), -1)  # (S, M, blocks, 4)
+    lead = words.shape[:2]
+    return words.reshape(*lead, -1)[..., :count].reshape(*lead, *shape)
+
+
+def uniform(stream, call, tasks, shape):
+    """Numbers in (0, 1), (S, M, *shape): the midpoints of 2²³ equal cells, exact in float32, so never 0 or 1."""
+    return (stream.floats(random_words(stream, call, tasks, shape) >> 9) + 0.5) * 2.0**-23
+
+
+def gumbel(u, xp):
+    """Gumbel noise −log(−log u) of uniform u."""
+    return -xp.log(-xp.log(u))
+
+
+def normal(u, v, xp):
+    """Standard normal noise √(−2 log u) cos(2πv) of uniform u and v (Box, Muller 1958)."""
+    return xp.sqrt(-2 * xp.log(u)) * xp.cos(2 * math.pi * v)
 
 
 # --- the task families ---
@@ -278,42 +337,42 @@ def exact(x):
 # --- tasks ---
 
 
-# The distribution ρ of a component of φ within its range, as a function of u ~ U[0, 1), and its mean.
+# The distribution ρ of a component of φ within its range, as a function of u ~ U(0, 1), and its mean.
 TASK_DISTS = {
-    "uniform": (lambda u: u, 0.5),
-    "bimodal": (lambda u: torch.where(u < 0.5, 0.4 * u, 0.6 + 0.4 * u), 0.5),  # the lowest or the highest fifth
-    "skewed": (lambda u: u**3, 0.25),  # most near the low end
+    "uniform": (lambda u, xp: u, 0.5),
+    "bimodal": (lambda u, xp: xp.where(u < 0.5, 0.4 * u, 0.6 + 0.4 * u), 0.5),  # the lowest or the highest fifth
+    "skewed": (lambda u, xp: u**3, 0.25),  # most near the low end
 }
 
 
-def sample_tasks(env, generators, num_tasks):
+def sample_tasks(env, stream, num_tasks, call=0):
     """M tasks for each run, φ ~ ρ: (S, M, P)."""
+    tasks, xp = range(num_tasks), stream.xp
     if env.values:
-        chosen = [torch.randint(len(env.values), (num_tasks,), generator=g) for g in generators]
-        return torch.tensor(env.values)[torch.stack(chosen)]
-    low, high = torch.tensor(env.low), torch.tensor(env.high)
-    draws = torch.stack([torch.rand(num_tasks, len(env.low), generator=g) for g in generators])
-    return low + (high - low) * TASK_DISTS[env.task_dist][0](draws)
+        chosen = random_words(stream, call, tasks, (1,)) * len(env.values) >> 32  # (S, M, 1), all equally likely
+        values = [constants(stream.floats(chosen), phi, xp) for phi in env.values]
+        return xp.stack(values)[chosen[..., 0]]
+    u = uniform(stream, call, tasks, (len(env.low),))
+    low, high = constants(u, env.low, xp), constants(u, env.high, xp)
+    return low + (high - low) * TASK_DISTS[env.task_dist][0](u, xp)
 
 
 MEDIUM_TASKS = ("mean", "sampled", "median", "random", "pooled")
 
 
-def medium_task(env, medium, phi, generators):
+def medium_task(env, medium, phi, stream):
     """φ_med (S, 1, P). medium: mean of ρ (Eq. 3), sampled: mean of the tasks `phi` (S, M, P) (Eq. 4), median: their
     geometric median, random: a task drawn anew (the control: same cost, no direction), or the P numbers of a φ.
     pooled: `phi` itself (S, M, P), whose trajectories are then pooled."""
     if medium == "pooled":
         return phi
-    if medium == "mean":
-        medium = mean_task(env)
-    elif medium == "sampled":
-        return phi.mean(1, keepdim=True)
-    elif medium == "median":
+    if medium == "sampled":
+        return phi.mean(axis=1, keepdims=True)
+    if medium == "median":
         return geometric_median(phi)
-    elif medium == "random":
-        return sample_tasks(env, generators, 1)
-    return torch.tensor(medium).expand(len(phi), 1, -1)
+    if medium == "random":
+        return sample_tasks(env, stream, 1)
+    return constants(phi, mean_task(env) if medium == "mean" else medium, stream.xp) + 0 * phi[:, :1]
 
 
 def mean_task(env):
@@ -326,10 +385,11 @@ def mean_task(env):
 
 def geometric_median(points, iterations=100):
     """The point (S, 1, P) with the least sum of distances to `points` (S, M, P), by Weiszfeld's iteration."""
-    median = points.mean(1, keepdim=True)
+    median = points.mean(axis=1, keepdims=True)
     for _ in range(iterations):
-        weights = 1 / ((points - median).norm(dim=-1, keepdim=True) + 1e-9)
-        median = (weights * points).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        distances = ((points - median) ** 2).sum(axis=-1, keepdims=True) ** 0.5
+        weights = 1 / (distances + 1e-9)
+        median = (weights * points).sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
     return median
 
 
@@ -357,18 +417,18 @@ def midpoints(low, high, count):
 # --- rollouts ---
 
 
-def draw_noise(env, generators, num_tasks, num_trajectories):
-    """All randomness of one rollout, on the generators' device: reset (S, M, K, R) uniform, action (S, M, K, H, A)
-    Gumbel or normal."""
-    shape = (num_tasks, num_trajectories)
-    discrete = isinstance(env.actions, int)
-    draw = torch.rand if discrete else torch.randn
-    reset, action = [], []
-    for g in generators:
-        reset.append(torch.rand(*shape, env.reset_noise, generator=g, device=g.device))
-        action.append(draw(*shape, env.horizon, env.action_dim, generator=g, device=g.device))
-    action = torch.stack([x.movedim(2, 0) for x in action], 1).movedim(0, 3)  # in memory a time step's stand together
-    return {"reset": torch.stack(reset), "action": -(-action.log()).log() if discrete else action}
+def draw_noise(env, stream, tasks, num_trajectories, call=1):
+    """All randomness of one rollout of these tasks, a range: reset (S, M, K, R) uniform, action (S, M, K, H, A) Gumbel
+    or normal. call: 1, 2, .. for the rollouts of an epoch; `sample_tasks` has 0."""
+    discrete, xp = isinstance(env.actions, int), stream.xp
+    first = num_trajectories * env.reset_noise
+    count = env.horizon * num_trajectories * env.action_dim
+    u = uniform(stream, call, tasks, (first + count if discrete else first + 2 * count,))
+    reset, action = u[..., :first], u[..., first:]
+    action = gumbel(action, xp) if discrete else normal(action[..., :count], action[..., count:], xp)
+    # in memory, what one time step needs stands together
+    action = action.reshape(*u.shape[:2], env.horizon, num_trajectories, env.action_dim).swapaxes(2, 3)
+    return {"reset": reset.reshape(*u.shape[:2], num_trajectories, env.reset_noise), "action": action}
 
 
 def in_box(action, low, high):
@@ -382,12 +442,13 @@ def from_box(action, low, high):
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a run that diverges fails, which is said once
-def rollout(env, act, phi, noise, xp=np):
+def rollout(env, act, phi, noise, xp=np, compiled=None):
     """K trajectories of every task of every run at once, a pure function of (act, phi, noise).
 
     act: (obs (B, K, D), noise (B, K, A)) -> actions; phi: (S, M, P); noise: from `draw_noise`; all arrays of xp: numpy,
-    or torch on a GPU. Returns the trajectories that policies.py describes, H steps long, with zeros where an
-    episode had ended before. numpy stops when every episode has ended; a GPU, which would stall if asked, never does.
+    or torch on a GPU. compiled: what makes a faster function of a time step, e.g. torch.compile. Returns the
+    trajectories that policies.py describes, H steps long, with zeros where an episode had ended before. numpy stops
+    when every episode has ended; a GPU, which would stall if asked, never does.
     """
     lead = noise["reset"].shape[:3]  # (S, M, K)
 
@@ -397,13 +458,19 @@ def rollout(env, act, phi, noise, xp=np):
     dynamics = partial(observed_dynamics, env) if env.phi_observed else env.dynamics
     state, step = dynamics(flat(phi)[:, None], flat(noise["reset"]), xp)
     box = [] if isinstance(env.actions, int) else [constants(state, bound, xp) for bound in env.actions]
+
+    def time_step(state, over, noise):
+        action = act(state, noise)
+        next_state, reward, terminated, ended = step(state, in_box(action, *box) if box else action)
+        return next_state, over | ended, (state, action, reward, terminated, over)
+
+    if compiled is not None:
+        time_step = compiled(time_step)
     over = xp.zeros_like(state[..., 0], dtype=bool)
     steps, action_noise = [], flat(noise["action"])  # a (state, action, reward, terminated, over before) for each t
     for t in range(env.horizon):
-        action = act(state, action_noise[:, :, t])
-        next_state, reward, terminated, ended = step(state, in_box(action, *box) if box else action)
-        steps.append((state, action, reward, terminated, over))
-        state, over = next_state, over | ended
+        state, over, taken = time_step(state, over, action_noise[:, :, t])
+        steps.append(taken)
         if xp is np and over.all():
             break
     steps += [tuple(0 * x for x in steps[0][:3]) + (~over, over)] * (env.horizon - len(steps))

@@ -116,7 +116,8 @@ def maml(theta, task_loss, alpha, num_tasks, inner_steps=1, second_order=True, s
     under θ'ᵢⱼ, so no more data is needed. (A task_loss that gives all steps one support set would train on that set.)
     Raises ValueError as `adapt` does, and where step_weights is not one number for each inner step, not all 0.
     """
-    if step_weights is not None and (len(step_weights) != inner_steps or not any(step_weights)):
+    given = isinstance(step_weights, torch.Tensor)  # whose values may change while the graph stays
+    if step_weights is not None and (len(step_weights) != inner_steps or not (given or any(step_weights))):
         raise ValueError(
             f"maml: step_weights is {step_weights} for {inner_steps} inner steps; expected a number for each, not all 0"
         )
@@ -124,7 +125,7 @@ def maml(theta, task_loss, alpha, num_tasks, inner_steps=1, second_order=True, s
     adapted = adapt(expand(theta, num_tasks), task_loss, alpha, inner_steps, second_order, losses)
     loss = loss_per_task(task_loss, adapted)
     if step_weights is not None:
-        loss = sum(w * after for w, after in zip(step_weights, [*losses[1:], loss], strict=True) if w)
+        loss = sum(w * after for w, after in zip(step_weights, [*losses[1:], loss], strict=True) if given or w)
     learned = [*theta.values(), *(alpha.values() if isinstance(alpha, dict) else ())]
     gradients = torch.autograd.grad(loss.sum(), learned, materialize_grads=inner_steps == 0)  # then that of α is 0
     for p, gradient in zip(learned, gradients, strict=True):

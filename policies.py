@@ -1,7 +1,7 @@
 """MLP policy and critic as one dict of tensors, and the policy-gradient and actor-critic losses on it.
 
 Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M where runs and tasks are flattened. Needs
-torch alone. Trajectories, as `envs.rollout` returns them, are a dict with
+torch and numpy. Trajectories, as `envs.rollout` returns them, are a dict with
 
     obs (S, M, K, H, D)    actions (S, M, K, H) or (S, M, K, H, A)    rewards (S, M, K, H)
     mask (S, M, K, H)      True while the episode runs; entries after its end are padding and are ignored
@@ -17,40 +17,43 @@ import torch
 # --- networks ---
 
 
-def init_mlp(name, sizes, generators):
-    """Parameters `name.i.weight` (S, 1, in, out) and `name.i.bias` (S, 1, 1, out), one run for each generator.
+def init_mlp(name, sizes, uniform):
+    """Parameters `name.i.weight` (S, 1, in, out) and `name.i.bias` (S, 1, 1, out), drawn by `uniform`, see `init`.
 
-    Drawn like torch.nn.Linear's: uniform within ±1/√in.
+    Distributed like torch.nn.Linear's: uniform within ±1/√in.
     """
     params = {}
     for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         for kind, rows in (("weight", n_in), ("bias", 1)):
-            draws = torch.stack([torch.rand(1, rows, n_out, generator=g) for g in generators])
-            params[f"{name}.{i}.{kind}"] = (2 * draws - 1) / math.sqrt(n_in)
+            params[f"{name}.{i}.{kind}"] = (2 * uniform(rows, n_out) - 1) / math.sqrt(n_in)
     return params
 
 
-def init(obs_dim, head, generators, hidden=(64, 64), critic=False):
-    """θ: a dict of leaves (S, 1, ...) for S = len(generators) runs; `critic` adds V(s) as a second MLP."""
-    theta = init_mlp("policy", [obs_dim, *hidden, head.size], generators)
+def init(obs_dim, head, uniform, hidden=(64, 64), critic=False):
+    """θ: a dict of leaves (S, 1, ...) for S runs; `critic` adds V(s) as a second MLP.
+
+    uniform: (rows, columns) -> numbers in [0, 1), a tensor (S, 1, rows, columns); for one run without further ado
+    lambda *shape: torch.rand(1, 1, *shape).
+    """
+    theta = init_mlp("policy", [obs_dim, *hidden, head.size], uniform)
     if isinstance(head, Gaussian):
-        theta["policy.raw_std"] = torch.zeros(len(generators), 1, 1, head.size)
+        theta["policy.raw_std"] = torch.zeros_like(theta[f"policy.{len(hidden)}.bias"])
     if critic:
-        theta |= init_mlp("critic", [obs_dim, *hidden, 1], generators)
+        theta |= init_mlp("critic", [obs_dim, *hidden, 1], uniform)
     return {name: p.requires_grad_() for name, p in theta.items()}
 
 
-def mlp(params, name, xp=torch):
-    """The tanh MLP `name` of params (S, M, ...) as a function x (B, N, D) -> (B, N, out).
-
-    xp: torch; or numpy for acting on a CPU, where a call on such small arrays costs a quarter of torch's.
-    """
-    weights, biases = (
+def layers(params, name):
+    """The weights and the biases of the MLP `name` of params (S, M, ...): lists of (B, ...)."""
+    return (
         [p.reshape(-1, *p.shape[2:]) for key, p in params.items() if key.startswith(name) and key.endswith(kind)]
         for kind in (".weight", ".bias")
     )
-    if xp is not torch:
-        return forward_numpy(weights, biases)
+
+
+def mlp(params, name):
+    """The tanh MLP `name` of params (S, M, ...) as a function x (B, N, D) -> (B, N, out), for the losses."""
+    weights, biases = layers(params, name)
 
     # Inside, x is (B, features, N): BLAS takes several times as long for a product of few columns as for one of few
     # rows, and the policy's outputs are few. All sizes are padded with zeros: a matrix product with a vector, and σ of
@@ -77,17 +80,20 @@ def padded(x, rows, columns):
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows)).contiguous()
 
 
-def forward_numpy(weights, biases):
+def acting(params, name, xp=numpy):
+    """`mlp` for rollouts, without its padding and without a graph, on arrays of xp: numpy on a CPU, where a call on so
+    small arrays costs a quarter of torch's; torch on a GPU."""
+    weights, biases = layers(params, name)
     repeated = []  # the biases for the last N, (B, N, out): numpy adds arrays of one shape in a third of the time
 
     def forward(x):
-        if not repeated or repeated[0].shape[1] != x.shape[1]:
+        if xp is numpy and (not repeated or repeated[0].shape[1] != x.shape[1]):
             repeated[:] = [bias.repeat(x.shape[1], 1) for bias in biases]
-        for weight, bias in zip(weights, repeated, strict=True):
+        for weight, bias in zip(weights, repeated or biases, strict=True):
             x = x @ weight
             x += bias
             if weight is not weights[-1]:
-                numpy.tanh(x, out=x)
+                x = numpy.tanh(x, out=x) if xp is numpy else x.tanh()
         return x
 
     return forward
@@ -182,7 +188,7 @@ def actor(params, head, xp=numpy):
 
     All are arrays of xp: numpy on a CPU, torch on a GPU.
     """
-    policy = mlp(params, "policy", xp)
+    policy = acting(params, "policy", xp)
     return lambda obs, noise: head.sample(params, policy(obs), noise, xp)
 
 
@@ -194,10 +200,15 @@ def flat(x):
     return x.flatten(0, 1).flatten(1, 2)
 
 
+def policy_outputs(params, trajectories):
+    """The policy's outputs at every observation: (B, K·H, size)."""
+    return mlp(params, "policy")(flat(trajectories["obs"]))
+
+
 def log_probs(params, trajectories, head):
     """log π(aₜ|sₜ): (S, M, K, H)."""
-    outputs = mlp(params, "policy")(flat(trajectories["obs"]))
-    return head.log_prob(params, outputs, flat(trajectories["actions"])).view(trajectories["mask"].shape)
+    outputs, actions = policy_outputs(params, trajectories), flat(trajectories["actions"])
+    return head.log_prob(params, outputs, actions).view(trajectories["mask"].shape)
 
 
 def discounted_sums(x, discount):
@@ -323,24 +334,29 @@ BASELINES = ("task", "step", "linear")
 ADVANTAGES = ("whitened", "raw")
 
 
-# --- the losses: params, trajectories -> (S, M) ---
+# --- the loss, and the estimates of advantages that it is made with ---
 
 
-def pg(
-    params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=None, advantages="whitened", clip=None
-):
-    """Policy gradient: rewards to go as advantages, summed over time, averaged over trajectories.
+def pg(trajectories, values, gamma, gae_lambda):
+    """Policy gradient: returns to go as advantages."""
+    rewards = trajectories["rewards"] * trajectories["mask"]
+    return {"advantages": discounted_sums(rewards, gamma)}
 
-    Of trajectories that another policy drew, `as_drawn`: the likelihood-ratio loss; clip: see `surrogate`.
+
+def ac(trajectories, values, gamma, gae_lambda):
+    """Actor-critic: GAE(λ) as advantages, and as the critic's targets its λ-returns.
+
+    values: V(s) (S, M, K, H), and V of the last observation (S, M, K), which counts where an episode was cut off; one
+    that terminated is worth nothing from there on.
     """
-    drawn = trajectories.get("drawn") or pg_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages)
-    logs = log_probs(params, trajectories, head)
-    return surrogate(logs, drawn["advantages"], trajectories["mask"], estimator, drawn.get("log_probs"), clip)
-
-
-def pg_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages):
-    returns_to_go = discounted_sums(trajectories["rewards"] * trajectories["mask"], gamma)
-    return {"advantages": weigh(returns_to_go, trajectories, advantages, baseline, gamma)}
+    values, last_values = values
+    mask = trajectories["mask"]
+    last_values = last_values.masked_fill(trajectories["terminated"], 0.0).unsqueeze(-1)
+    next_values = torch.cat([values[..., 1:], last_values], -1)
+    is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
+    next_values = torch.where(is_last, last_values, next_values)
+    advantages = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
+    return {"advantages": advantages, "targets": advantages + values}
 
 
 def gae(rewards, values, next_values, mask, gamma, gae_lambda):
@@ -348,41 +364,46 @@ def gae(rewards, values, next_values, mask, gamma, gae_lambda):
     return discounted_sums((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
-def ac(
-    params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=0.95, advantages="whitened", clip=None
-):
-    """Actor-critic: GAE(λ) as advantages, plus ½ the critic's mean squared error to its λ-returns.
+# --rl: the estimates (trajectories, values, gamma, gae_lambda) -> advantages, and the targets of a critic if it has one
+LOSSES = {"pg": pg, "ac": ac}
+CRITIC = ("ac",)  # those that have one
 
-    A terminated episode is worth nothing from there on; a truncated one is worth V of its last observation.
-    Of trajectories that another policy drew, `as_drawn`: the likelihood-ratio loss, and the λ-returns of that time.
+
+def loss(
+    params, trajectories, head, rl, gamma, estimator,
+    baseline="task", gae_lambda=0.95, advantages="whitened", clip=None,
+):  # fmt: skip
+    """The `surrogate` of the policy gradient, and ½ the critic's mean squared error to its targets: (S, M).
+
+    rl: a key of LOSSES; the rest as in `surrogate`, `whiten` and `weigh`. Of trajectories that another policy drew,
+    `as_drawn`: the likelihood-ratio loss, with the advantages and targets of that time.
     """
     mask = trajectories["mask"]
-    values = mlp(params, "critic")(flat(trajectories["obs"])).view(mask.shape)
-    drawn = trajectories.get("drawn") or ac_estimates(
-        params, trajectories, gamma, baseline, gae_lambda, advantages, values.detach()
+    values = state_values(params, trajectories) if rl in CRITIC else None
+    drawn = trajectories.get("drawn") or estimates(
+        params, trajectories, values, rl, gamma, baseline, gae_lambda, advantages
     )
-    count = mask.sum((2, 3)).clamp(min=1)
-    value_loss = 0.5 * ((values - drawn["targets"]).square() * mask).sum((2, 3)) / count
     logs = log_probs(params, trajectories, head)
-    return surrogate(logs, drawn["advantages"], mask, estimator, drawn.get("log_probs"), clip) + value_loss
+    policy_loss = surrogate(logs, drawn["advantages"], mask, estimator, drawn.get("log_probs"), clip)
+    if values is None:
+        return policy_loss
+    squared_errors = (values - drawn["targets"]).square() * mask
+    return policy_loss + 0.5 * squared_errors.sum((2, 3)) / mask.sum((2, 3)).clamp(min=1)
+
+
+def state_values(params, trajectories):
+    """V(sₜ): (S, M, K, H)."""
+    return mlp(params, "critic")(flat(trajectories["obs"])).view(trajectories["mask"].shape)
 
 
 @torch.no_grad()
-def ac_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages, values=None):
-    """values: V(s) (S, M, K, H), where it is known."""
-    mask, critic = trajectories["mask"], mlp(params, "critic")
-    if values is None:
-        values = critic(flat(trajectories["obs"])).view(mask.shape)
-    last_value = critic(trajectories["last_obs"].flatten(0, 1)).view(mask.shape[:3])
-    last_value = last_value.masked_fill(trajectories["terminated"], 0.0).unsqueeze(-1)
-    next_values = torch.cat([values[..., 1:], last_value], -1)
-    is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
-    next_values = torch.where(is_last, last_value, next_values)
-    estimates = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
-    return {
-        "advantages": weigh(estimates, trajectories, advantages, baseline, gamma),
-        "targets": estimates + values,  # the λ-returns
-    }
+def estimates(params, trajectories, values, rl, gamma, baseline, gae_lambda, advantages):
+    """The advantages as the loss weighs log-probabilities with them, and what else the row of LOSSES gives."""
+    if values is not None:
+        last_values = mlp(params, "critic")(trajectories["last_obs"].flatten(0, 1))
+        values = values.detach(), last_values.view(values.shape[:3])
+    found = LOSSES[rl](trajectories, values, gamma, gae_lambda)
+    return found | {"advantages": weigh(found["advantages"], trajectories, advantages, baseline, gamma)}
 
 
 # --- several steps on the same trajectories: ProMP (Rothfuss et al. 2019) ---
@@ -392,13 +413,15 @@ def ac_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages, 
 def as_drawn(params, trajectories, head, rl, gamma, baseline="task", gae_lambda=0.95, advantages="whitened"):
     """The trajectories with an entry `drawn`: what stays as it was under params, which drew them, in later losses.
 
-    Its log π and π itself, the advantages, and the targets of an actor-critic. rl: a key of LOSSES.
+    Its log π and π itself, the advantages, and the targets of an actor-critic.
     """
-    estimates = ADVANTAGE_ESTIMATES[rl](params, trajectories, gamma, baseline, gae_lambda, advantages)
-    outputs = mlp(params, "policy")(flat(trajectories["obs"]))
-    logs = head.log_prob(params, outputs, flat(trajectories["actions"])).view(trajectories["mask"].shape)
-    kept = {"log_probs": logs, "policy": head.distribution(params, outputs)}
-    return trajectories | {"drawn": estimates | kept}
+    values = state_values(params, trajectories) if rl in CRITIC else None
+    kept = {
+        "log_probs": log_probs(params, trajectories, head),
+        "policy": head.distribution(params, policy_outputs(params, trajectories)),
+    }
+    kept |= estimates(params, trajectories, values, rl, gamma, baseline, gae_lambda, advantages)
+    return trajectories | {"drawn": kept}
 
 
 def kl(params, trajectories, head):
@@ -407,10 +430,8 @@ def kl(params, trajectories, head):
     Summed over time and averaged over trajectories, as the losses are.
     """
     mask = trajectories["mask"]
-    new = head.distribution(params, mlp(params, "policy")(flat(trajectories["obs"])))
+    new = head.distribution(params, policy_outputs(params, trajectories))
     return (head.kl(trajectories["drawn"]["policy"], new).view(mask.shape) * mask).sum(-1).mean(-1)
 
 
-LOSSES = {"pg": pg, "ac": ac}
-ADVANTAGE_ESTIMATES = {"pg": pg_estimates, "ac": ac_estimates}
-OPTIONS = ("gamma", "estimator", "baseline", "gae_lambda", "advantages")  # of both
+OPTIONS = ("rl", "gamma", "estimator", "baseline", "gae_lambda", "advantages")  # of the loss

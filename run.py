@@ -6,11 +6,11 @@ directed.py.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -25,32 +25,25 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 import gymnasium
 import numpy
 import torch
-from tqdm import tqdm
 
 import envs
 import learners
 import maml
-import measures
-import parallel
 import policies
-import report
 from directed import directed
-from harness import checkpoints, watch
+from envs import EVALUATION, INIT, MEDIUM, TASKS
+from harness import checkpoints, processes, report, watch
 from harness.checkpoints import Run, RunError
-from settings import (
-    ALL_SETTINGS,
-    LEARNED_ALPHA,
-    check_memory,
-    default_of,
-    folder_of_all,
-    make_env,
-    parse,
-    plan,
-    with_family_defaults,
-)
+from harness.console import Progress, one_clear_line
+from harness.device import Recorded, choose_device
+from harness.errors import first_line
+from harness.log import Rows, fetched, log_epoch, measure
+from harness.optimizers import OPTIMIZERS
+from harness.ranks import check_ranks
+from harness.sampling import open_sampler
+from settings import LEARNED_ALPHA, check_memory, folder_of_all, make_env, parse, plan, with_family_defaults
 
 NOTHING = contextlib.nullcontext()
-INIT, TASKS, MEDIUM, EVALUATION = range(4)  # the purposes that random numbers are drawn for: see envs.generators
 BASES = maml.META_LEARNERS | {"imaml": learners.imaml}  # to which sharp- and directed- are put
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
@@ -61,11 +54,13 @@ def main(argv=None):
         args = parse(argv)
         if args.watch is not None:
             return print(watch.watch(args.watch, args.phi, args.env))
+        if args.report is not None:
+            return report.rewrite(args.report)
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
         args = with_family_defaults(args, env)
-        check_memory(args, env, choose_device(args, env))
+        check_memory(args, env, choose_device(args.device, env))
         runs = new_runs(args, env)
         failures, stopped = train_all(runs, env, args, ranks)
         ranks.object_from_first(lambda: finish(failures, args))
@@ -86,39 +81,31 @@ def train_all(runs, env, args, ranks):
 
     Returns a line for each run that failed, and the signals that stopped the training, if any.
     """
-    device = choose_device(args, env)
-    parallel.keep_memory()
+    device = choose_device(args.device, env)
+    processes.keep_memory()
     with (
         checkpoints.opened(runs, args.resume, args.overwrite, args.epochs) if ranks.rank == 0 else NOTHING,
-        parallel.caught_signals() as signals,
+        processes.caught_signals() as signals,
         Progress(runs, args, ranks) as progress,
     ):
         states = ranks.object_from_first(lambda: [run.state for run in runs])
         for run, state in zip(runs, states, strict=True):
             run.state = state
-        workers = min(args.workers, parallel.most_processes())
-        processes = 1 if device == "cuda" or ranks.count > 1 else max(min(workers, len(runs)), 1)
+        workers = min(args.workers, processes.most_processes())
+        trainers = 1 if device == "cuda" or ranks.count > 1 else max(min(workers, len(runs)), 1)
         trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
-        samplers = min(workers // processes, trajectories)  # for each that trains, if gymnasium's environments
+        samplers = min(workers // trainers, trajectories)  # for each trainer, if gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
-        failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
+        failures = processes.run_jobs(work, share_out(runs, trainers), trainers, progress.update, signals)
     return failures, signals
 
 
-def choose_device(args, env):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
-    if args.device == "auto":
-        return "cuda" if torch.cuda.is_available() and not env.is_gymnasium else "cpu"
-    return args.device
-
-
-def share_out(runs, processes):
-    """The runs as jobs for so many processes. A job is one batch: runs of one algorithm at the same epoch."""
+def share_out(runs, count):
+    """The runs as jobs for `count` processes. A job is one batch: runs of one algorithm at the same epoch."""
     groups = defaultdict(list)
     for run in runs:
         groups[run.settings["algo"], run.state["epoch"]].append(run)
-    parts = processes // math.gcd(processes, len(groups))  # the fewest that give all processes equally many jobs
+    parts = count // math.gcd(count, len(groups))  # the fewest that give all processes equally many jobs
     return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
 
 
@@ -131,54 +118,64 @@ def train_together(runs, tell, args, env, device, samplers, ranks):
     head = policies.make_head(env.actions)
     for run in runs if ranks.rank == 0 else ():
         begin(run, args, env, device, len(runs))
-    with parallel.open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample:
-        return train(Batch(runs, env, head, sample, device, ranks), args.epochs, args.eval_every, tell)
+    with (
+        open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample,
+        Rows(writes=ranks.rank == 0) as rows,
+    ):
+        return train(Batch(runs, env, head, sample, device, ranks, rows), args.epochs, args.eval_every, tell)
 
 
 def train(batch, epochs, eval_every, tell):
     """Train a batch to `epochs`, evaluating and saving it on the way; see `train_together`."""
     failures, stopping, saved = [], [], time.perf_counter()
-    while batch and batch.epoch < epochs and not stopping:
+    epoch = Recorded(train_epoch)
+    while batch and batch.epochs_done < epochs and not stopping:
         start = time.perf_counter()
-        losses = train_epoch(batch)
-        finite = log_epoch(batch, losses, time.perf_counter() - start)
+        batch.set_schedules()
+        measured = fetched(epoch(batch))
+        finite = log_epoch(batch, measured, time.perf_counter() - start)
         stopping = batch.ranks.any(tell(batch.news()))
         if not all(finite):
             failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
             batch = batch.only(finite)
-        if batch and (batch.epoch % eval_every == 0 or batch.epoch == epochs):
+        if batch and (batch.epochs_done % eval_every == 0 or batch.epochs_done == epochs):
             evaluate(batch)
-        if batch and (stopping or batch.epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS):
+        due = time.perf_counter() - saved > CHECKPOINT_SECONDS
+        if batch and (stopping or batch.epochs_done == epochs or due):
             batch.save()
             saved = time.perf_counter()
     return failures
 
 
 def train_epoch(batch):
-    """One epoch of Algorithm 1, for all runs of the batch at once. Returns the losses, which know what was sampled."""
+    """One epoch of Algorithm 1, for all runs of the batch at once. Returns what `measure` finds.
+
+    It changes tensors in place and asks nothing of the host, so that it can be recorded as a CUDA graph.
+    """
     num_tasks, medium = batch.settings["tasks"], batch.settings["medium"]
-    rng, medium_rng = (envs.generators(batch.seeds, purpose, batch.epoch) for purpose in (TASKS, MEDIUM))
-    phi = envs.sample_tasks(batch.env, rng, num_tasks)  # line 6: φ ~ ρ, (S, M, P)
-    replayed = batch.settings["outer_steps"] > 1
-    losses = [(ReplayedLoss if replayed else TaskLoss)(batch, phi, rng, batch.ranks.tasks)]
+    phi = envs.sample_tasks(batch.env, batch.stream(TASKS), num_tasks)  # line 6: φ ~ ρ, (S, M, P)
+    task_loss = (ReplayedLoss if batch.settings["outer_steps"] > 1 else TaskLoss)(batch, TASKS, phi, batch.ranks.tasks)
+    losses, medium_loss = [task_loss], None
     if medium is not None:
-        phi_med = envs.medium_task(batch.env, medium, phi, medium_rng)  # line 1: (S, 1, P)
-        losses.insert(0, TaskLoss(batch, phi_med, medium_rng, pooled=medium == "pooled"))
-        batch.delta.copy_(scheduled_delta(batch))
-    start = batch.position()
+        phi_med = envs.medium_task(batch.env, medium, phi, batch.stream(MEDIUM))  # line 1: (S, 1, P)
+        medium_loss = TaskLoss(batch, MEDIUM, phi_med, pooled=medium == "pooled")
+        losses = [medium_loss, task_loss]
+    before = batch.position()
     # lines 4, 5: the δ-step, directed.py; 7 to 11: the inner steps and the meta-gradient, maml.py
     adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.switches())
     between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
     for _ in range(1, batch.settings["outer_steps"]):  # ProMP: more of them on the same trajectories
         # without the δ-step: it is a plain step, whose data are those of θ before it, and no ratio holds it back
-        losses[-1].replay()
-        batch.undirected(batch.theta, losses[-1], batch.alpha, num_tasks, **batch.switches())
+        task_loss.replay()
+        batch.undirected(batch.theta, task_loss, batch.alpha, num_tasks, **batch.switches())
         batch.optimizer.step()
-    batch.moves = between - start, batch.position() - between
+    if adapted is not None:
+        # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
+        # its own. They are no training, so env steps do not count them.
+        task_loss.draw(adapted)
     batch.epoch += 1
-    losses[-1].unmeasured = adapted
-    return losses
+    return measure(batch, medium_loss, task_loss, between - before, batch.position() - between)
 
 
 class TaskLoss:
@@ -186,36 +183,38 @@ class TaskLoss:
     pooled: (S, 1), K trajectories in all, K / M of each, as one task whose φ differs from episode to episode.
 
     Of the M tasks it takes its `own` alone, with the noise that they have in any company. Keeps the mean undiscounted
-    return (S, M) of every call, and sums up env steps (S,) and seconds of sampling; finite: every loss of a run was
-    (S,).
+    return (S, M) of every call, and sums up env steps (S,); finite: every loss of a run was (S,).
     """
 
-    def __init__(self, batch, phi, generators, own=slice(None), pooled=False):
-        self.env, self.sample, self.phi, self.own = batch.env, batch.sample, phi, own
-        self.generators = envs.on_device(generators, "cpu" if batch.env.is_gymnasium else batch.device)
-        self.num_trajectories, self.pooled = batch.settings["trajectories"] // (phi.shape[1] if pooled else 1), pooled
+    def __init__(self, batch, purpose, phi, own=slice(None), pooled=False):
+        self.env, self.sample, self.stream = batch.env, batch.sample, batch.stream(purpose)
+        self.phi, self.tasks = phi[:, own], range(phi.shape[1])[own]
+        self.pooled, self.num_trajectories = pooled, batch.settings["trajectories"]
+        if pooled:
+            self.num_trajectories //= len(self.tasks)
         options = {key: batch.settings[key] for key in policies.OPTIONS}
-        self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
-        self.returns, self.env_steps, self.seconds, self.finite = [], 0, 0.0, True
-        self.unmeasured = None  # parameters whose return is still to be logged, at no cost to the training
+        self.loss = partial(policies.loss, head=batch.head, **options)
+        self.returns, self.env_steps, self.finite = [], 0, True
 
     def __call__(self, params):
-        start = time.perf_counter()
         trajectories = self.draw(params)
-        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3)).cpu()
-        self.seconds += time.perf_counter() - start
+        self.env_steps = self.env_steps + trajectories["mask"].sum((1, 2, 3))
         return self.loss_on(trajectories, params)
 
     def draw(self, params):
-        """Fresh trajectories, whose returns are kept; their env steps and seconds are for the caller to count."""
-        noise = envs.draw_noise(self.env, self.generators, self.phi.shape[1], self.num_trajectories)
-        noise = {key: x[:, self.own] for key, x in noise.items()}
-        policy = maml.expand(params, self.phi.shape[1]) if self.pooled else params
-        trajectories = self.sample(policy, self.phi[:, self.own], noise)
+        """Fresh trajectories, whose returns are kept; their env steps are for the caller to count."""
+        call = len(self.returns) + 1
+        noise = envs.draw_noise(self.env, self.stream, self.tasks, self.num_trajectories, call)
+        policy = maml.expand(params, len(self.tasks)) if self.pooled else params
+        trajectories = self.sample(policy, self.phi, noise)
         if self.pooled:
             trajectories = {key: x.flatten(1, 2).unsqueeze(1) for key, x in trajectories.items()}  # (S, 1, K, ...)
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
         return trajectories
+
+    def kl(self, theta):
+        """Of trajectories that are used once there is none to log."""
+        return None
 
     def loss_on(self, trajectories, params, **options):
         loss = self.loss(params, trajectories, **options)
@@ -227,10 +226,10 @@ class ReplayedLoss(TaskLoss):
     """A TaskLoss that keeps what it draws. After `replay` the n-th call gets the loss on what the n-th call drew, by
     likelihood ratios, clipped in query batches alone: inner steps are those of `maml.adapt`, whatever the ratio."""
 
-    def __init__(self, batch, phi, generators, own):
-        super().__init__(batch, phi, generators, own)
+    def __init__(self, batch, purpose, phi, own):
+        super().__init__(batch, purpose, phi, own)
         options = {key: batch.settings[key] for key in policies.OPTIONS if key != "estimator"}
-        self.as_drawn = partial(policies.as_drawn, head=batch.head, rl=batch.settings["rl"], **options)
+        self.as_drawn = partial(policies.as_drawn, head=batch.head, **options)
         self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
         self.drawn, self.replays = [], None
 
@@ -271,72 +270,12 @@ def penalised(meta_learner, eta):
     return penalised_meta_learner
 
 
-def scheduled_delta(batch):
-    """δ of each run at this epoch: (S,)."""
-    deltas = torch.tensor([run.settings["delta"] for run in batch.runs], dtype=torch.float64)
-    if batch.settings["delta_schedule"] == "decay":
-        return deltas / (1 + batch.epoch / 100)
-    return deltas * torch.tensor([not run.state["totals"]["converged"] for run in batch.runs])
-
-
-def log_epoch(batch, losses, seconds):
-    """Add the epoch to every run's totals and log; returns for each run whether its losses and parameters are
-    finite."""
-    *_, task_loss = losses
-    if task_loss.unmeasured is not None:
-        # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
-        # its own. They are no training: neither env steps nor seconds count them (one rollout beside five).
-        task_loss.draw(task_loss.unmeasured)
-    steps_of = (0, batch.settings["inner_steps"])  # at θ, and after its inner steps; Sharp-MAML goes on elsewhere
-    pre, post = (task_loss.returns[i].double().sum(1).cpu() / batch.settings["tasks"] for i in steps_of)  # (S,) each
-    steps, broken = task_loss.env_steps.double(), (~task_loss.finite).double().cpu()
-    batch.ranks.sum([pre, post, steps, broken])  # a rank knows its own tasks' alone, but the whole medium task
-    steps = steps + sum(loss.env_steps for loss in losses[:-1])
-    med = losses[0].returns[0].mean(1).tolist() if len(losses) > 1 else [None] * len(batch.runs)
-    norms, kl = step_norms(batch), mean_kl(batch, task_loss)
-    share = 1 / len(batch.runs)  # runs of a batch share its time evenly
-    for i, run in enumerate(batch.runs):
-        totals, threshold = run.state["totals"], run.settings["threshold"]
-        totals["env_steps"] += int(steps[i])
-        totals["seconds"] += share * seconds
-        totals["sample_seconds"] += share * sum(loss.seconds for loss in losses)
-        totals["smoothed"] = measures.smoothed(totals["smoothed"], float(post[i]))
-        totals["converged"] |= threshold is not None and totals["smoothed"] > threshold
-        times = [totals[key] for key in ("env_steps", "seconds", "sample_seconds")]
-        run.state["epoch"] = batch.epoch
-        batch.write(run, "log", [[batch.epoch, *times, float(pre[i]), float(post[i]), med[i], *norms[i], kl[i]]])
-    finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in batch.learned]
-    finite += [broken == 0, *(loss.finite.cpu() for loss in losses[:-1])]
-    return torch.stack(finite).all(0).tolist()
-
-
-def step_norms(batch):
-    """How far the δ-step and the β-step moved θ, and the cosine between the two: three numbers for each run, None for
-    what there is not."""
-    moves = [move.double() for move in batch.moves]
-    delta, beta = ((move * move).sum(1).sqrt().tolist() for move in moves)
-    product = (moves[0] * moves[1]).sum(1).tolist()
-    if batch.settings["medium"] is None:
-        return [[None, b, None] for b in beta]
-    return [[d, b, p / (d * b) if d * b else None] for d, b, p in zip(delta, beta, product, strict=True)]
-
-
-def mean_kl(batch, task_loss):
-    """KL(π_old ‖ π_θ) of the policy before adaptation after all outer steps, of each run; None where there was one."""
-    if not isinstance(task_loss, ReplayedLoss):
-        return [None] * len(batch.runs)
-    with torch.no_grad():
-        kl = task_loss.kl(batch.theta).double().sum(1).cpu() / batch.settings["tasks"]
-    batch.ranks.sum([kl])
-    return kl.tolist()
-
-
 def evaluate(batch):
     """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps, as rows of every run's eval.csv."""
     num_steps, ranks = batch.settings["eval_steps"], batch.ranks
     grid = envs.held_out_tasks(batch.env, batch.settings["eval_range"], batch.settings["eval_values"])
-    rng = envs.generators(batch.seeds, EVALUATION, batch.epoch)
-    task_loss = TaskLoss(batch, grid.expand(len(batch.runs), *grid.shape), rng, ranks.tasks)
+    phi = batch.sample.placed(grid.expand(len(batch.runs), *grid.shape))
+    task_loss = TaskLoss(batch, EVALUATION, phi, ranks.tasks)
     returns = torch.zeros(len(batch.runs), len(grid), num_steps + 1, dtype=torch.float64)
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
@@ -348,15 +287,15 @@ def evaluate(batch):
     ranks.sum([returns])
     names = [" ".join(f"{x:g}" for x in phi) for phi in grid.tolist()]
     for run, by_task in zip(batch.runs, returns.tolist(), strict=True):
-        rows = [
-            [batch.epoch, name, step, x] for name, xs in zip(names, by_task, strict=True) for step, x in enumerate(xs)
-        ]
-        batch.write(run, "eval", rows)
+        batch.rows.add(run, "eval", [
+            [batch.epochs_done, name, step, x]
+            for name, by_step in zip(names, by_task, strict=True) for step, x in enumerate(by_step)
+        ])  # fmt: skip
 
 
 def fail(batch, run):
     """Mark a run as failed; returns the line that says so."""
-    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epoch}; "
+    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epochs_done}; "
     line += "try a smaller --beta, --alpha or --delta"
     if batch.ranks.rank == 0:
         checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
@@ -369,10 +308,12 @@ def fail(batch, run):
 class Batch:
     """S runs of one algorithm at the same epoch, trained as one program. Leaves of theta and alpha are (S, 1, ...)."""
 
-    def __init__(self, runs, env, head, sample, device, ranks):
-        self.runs, self.settings, self.epoch = runs, runs[0].settings, runs[0].state["epoch"]
+    def __init__(self, runs, env, head, sample, device, ranks, rows):
+        self.runs, self.settings, self.rows = runs, runs[0].settings, rows
         self.env, self.head, self.sample, self.device, self.ranks = env, head, sample, device, ranks
-        self.seeds = [run.settings["seed"] for run in runs]
+        seeds = [run.settings["seed"] for run in runs]
+        self.keys = {p: sample.placed(envs.stream(seeds, p).keys) for p in (TASKS, MEDIUM, EVALUATION)}
+        self.epoch = sample.placed(numpy.array([self.epochs_done]))  # counted by train_epoch, for random numbers
         stacked = checkpoints.stack([{key: run.state[key] for key in checkpoints.TENSORS} for run in runs], device)
         self.theta = {name: p.requires_grad_() for name, p in stacked["theta"].items()}
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
@@ -387,14 +328,20 @@ class Batch:
         )
         self.learned = [*self.theta.values(), *learned_alpha.values()]
         step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
-        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes)
-        for i, tensors in stacked["optimizer"].items():
-            self.optimizer.state[self.learned[i]].update(tensors)
+        self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes, stacked["optimizer"])
         self.calls = self.settings["inner_steps"] + 1 + self.settings["algo"].endswith("imaml")  # up to a query's
         self.meta_learner = self.undirected = self.make_meta_learner()
         if self.settings["delta"] is not None:
-            self.delta = torch.zeros(len(runs), dtype=torch.float64)  # set before every epoch
+            self.delta = torch.zeros(len(runs), dtype=torch.float64, device=device)  # set before every epoch
             self.meta_learner = directed(self.undirected, self.delta)
+        self.step_weights = torch.zeros(self.settings["inner_steps"], dtype=torch.float64, device=device)  # MAML++'s
+
+    @property
+    def epochs_done(self):
+        return self.runs[0].state["epoch"]
+
+    def stream(self, purpose):
+        return envs.Stream(self.keys[purpose], self.epoch)
 
     def make_meta_learner(self):
         """The one that --algo names, without the δ-step."""
@@ -407,45 +354,56 @@ class Batch:
         meta_learner = self.ranks.share(meta_learner, self.learned, average=base == "reptile")
         return learners.sharp(meta_learner, settings["rho"]) if base.startswith("sharp-") else meta_learner
 
+    def set_schedules(self):
+        """What the host knows of the epoch to come: δ of each run, and MAML++'s weights of the inner steps."""
+        settings = self.settings
+        if settings["delta"] is not None:
+            self.delta.copy_(torch.tensor([scheduled_delta(run) for run in self.runs], dtype=torch.float64))
+        if settings["multi_step_epochs"] is not None:
+            weights = maml.multi_step_weights(settings["inner_steps"], self.epochs_done, settings["multi_step_epochs"])
+            self.step_weights.copy_(torch.tensor(weights, dtype=torch.float64))
+
     def switches(self):
         """What the meta-learner takes besides, in this epoch: MAML++'s order and weights of the inner steps."""
-        settings = self.settings
-        if settings["first_order_epochs"] is None:
+        if self.settings["first_order_epochs"] is None:
             return {}
-        weights = maml.multi_step_weights(settings["inner_steps"], self.epoch, settings["multi_step_epochs"])
-        return {"second_order": self.epoch >= settings["first_order_epochs"], "step_weights": weights}
+        second_order = self.epochs_done >= self.settings["first_order_epochs"]
+        return {"second_order": second_order, "step_weights": self.step_weights}
 
     def only(self, kept):
         """The batch of those runs alone for which `kept` holds; None where there are none."""
         self.update_states()
         runs = [run for run, keep in zip(self.runs, kept, strict=True) if keep]
-        return Batch(runs, self.env, self.head, self.sample, self.device, self.ranks) if runs else None
+        return Batch(runs, self.env, self.head, self.sample, self.device, self.ranks, self.rows) if runs else None
 
     def position(self):
         """All of θ, a vector for each run: (S, N)."""
         return torch.cat([p.detach().flatten(1) for p in self.theta.values()], 1)
 
     def update_states(self):
-        state = self.optimizer.state
-        optimizer = {i: dict(state[p]) for i, p in enumerate(self.learned) if p in state}
         alpha = self.alpha if isinstance(self.alpha, dict) else {}
+        tree = {"theta": self.theta, "alpha": alpha, "optimizer": self.optimizer.state}
+        tree = checkpoints.to_cpu(tree)
         for i, run in enumerate(self.runs):
-            run.state |= checkpoints.take({"theta": self.theta, "alpha": alpha, "optimizer": optimizer}, i)
+            run.state |= checkpoints.take(tree, i)
 
     def save(self):
+        self.rows.append()
         if self.ranks.rank == 0:
             self.update_states()
             checkpoints.save(self.runs)
 
     def news(self):
         """What there is to say of the last epoch: algorithm, number of runs, mean return after adaptation."""
-        returns = [run.state["log"][-1][5] for run in self.runs]
-        return self.settings["algo"], len(returns), sum(returns) / len(returns)
+        return self.settings["algo"], len(self.runs), self.mean_return
 
-    def write(self, run, table, rows):
-        run.state[table] += rows
-        if self.ranks.rank == 0:
-            checkpoints.append_rows(run, table, rows)
+
+def scheduled_delta(run):
+    """A run's δ in the epoch to come."""
+    delta, schedule = run.settings["delta"], run.settings["delta_schedule"]
+    if schedule == "decay":
+        return delta / (1 + run.state["epoch"] / 100)
+    return 0.0 if schedule == "converged" and run.state["totals"]["converged"] else delta
 
 
 def new_runs(args, env):
@@ -456,10 +414,13 @@ def new_runs(args, env):
 
 def first_state(settings, env):
     """Where a run begins: the same θ for every algorithm with the same seed."""
-    rng = envs.generators([settings["seed"]], INIT)
-    theta = policies.init(
-        env.obs_dim, policies.make_head(env.actions), rng, settings["hidden"], critic=settings["rl"] == "ac"
-    )
+    stream, calls = envs.stream([settings["seed"]], INIT), itertools.count()
+
+    def uniform(*shape):
+        return torch.from_numpy(envs.uniform(stream, next(calls), range(1), shape))
+
+    head, critic = policies.make_head(env.actions), settings["rl"] in policies.CRITIC
+    theta = policies.init(env.obs_dim, head, uniform, settings["hidden"], critic)
     alpha = {}
     if settings["algo"].endswith(LEARNED_ALPHA):
         steps = settings["inner_steps"] if settings["algo"].endswith("maml++") else None
@@ -467,64 +428,10 @@ def first_state(settings, env):
     optimizer = {}
     if settings["optimizer"] == "adam":
         zeros = [torch.zeros_like(p) for p in (*theta.values(), *alpha.values())]
-        optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z} for i, z in enumerate(zeros)}
+        optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z.clone()} for i, z in enumerate(zeros)}
     totals = {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": math.nan, "converged": False}
     state = {"format": checkpoints.FORMAT, "settings": settings, "epoch": 0, "totals": totals, "log": [], "eval": []}
     return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
-
-
-def of_each_run(step_sizes, p):
-    """Step sizes (S,) in the shape that multiplies a parameter (S, 1, ...)."""
-    return step_sizes.to(p).view(-1, *[1] * (p.dim() - 1))
-
-
-class SGD:
-    """The plain step p ← p − β p.grad with a β for each run: step_sizes, (S,) for each parameter (S, 1, ...)."""
-
-    def __init__(self, params, step_sizes):
-        self.params, self.step_sizes, self.state = params, step_sizes, {}
-
-    @torch.no_grad()
-    def step(self):
-        for p, beta in zip(self.params, self.step_sizes, strict=True):
-            p -= of_each_run(beta, p) * p.grad
-
-
-class Adam:
-    """torch's Adam with a β for each run: p ← p + β u, where u is its step of size 1."""
-
-    def __init__(self, params, step_sizes):
-        self.params, self.step_sizes, self.adam = params, step_sizes, torch.optim.Adam(params, lr=1.0)
-        self.state = self.adam.state
-
-    @torch.no_grad()
-    def step(self):
-        before = [p.clone() for p in self.params]
-        for p in self.params:
-            p.zero_()  # so that torch's step leaves u itself in p
-        self.adam.step()
-        for p, start, beta in zip(self.params, before, self.step_sizes, strict=True):
-            p.mul_(of_each_run(beta, p)).add_(start)
-
-
-OPTIMIZERS = {"sgd": SGD, "adam": Adam}
-
-
-# --- what the user sees ---
-
-
-def check_ranks(args, ranks):
-    """All ranks must do the same, and have equally many tasks."""
-    own = {key: value for key, value in vars(args).items() if key not in ("workers", "threads", "quiet")}
-    for key, value in ranks.object_from_first(lambda: own).items():
-        if own[key] != value:
-            mine, first = (" ".join(map(str, x)) if isinstance(x, list) else x for x in (own[key], value))
-            line = f"{ALL_SETTINGS[key].flag}: {mine} on rank {ranks.rank}, {first} on rank 0"
-            raise RunError(f"{line}; start all with the same command", 2)
-    tasks = args.tasks or default_of(ALL_SETTINGS["tasks"])
-    if tasks % ranks.count:
-        ranks.sum([torch.zeros(1)])  # all have come so far; or a slow one would lose its peer before it refuses this
-        raise RunError(f"--tasks {tasks}: not a multiple of the {ranks.count} ranks; give a multiple", 2)
 
 
 def begin(run, args, env, device, runs_in_batch):
@@ -535,77 +442,22 @@ def begin(run, args, env, device, runs_in_batch):
     checkpoints.begin(run, run.settings | here, {args.epochs, *range(0, args.epochs, args.eval_every)})
 
 
-class Progress:
-    """One bar for all runs of the command, counting every run's epochs; without a terminal, a line every 30 seconds."""
-
-    def __init__(self, runs, args, ranks):
-        self.show = not args.quiet and ranks.rank == 0
-        done = sum(run.state["epoch"] for run in runs)
-        self.bar = tqdm(total=args.epochs * len(runs), initial=done, unit="epoch", disable=None if self.show else True)
-        self.lines, self.said, self.start = self.show and self.bar.disable, time.monotonic(), time.monotonic()
-        self.done, self.begun, self.total = done, done, args.epochs * len(runs)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def update(self, news):
-        algo, count, mean_return = news
-        self.done += count
-        self.bar.set_description(algo, refresh=False)
-        self.bar.set_postfix(return_post=f"{mean_return:.4g}", refresh=False)
-        self.bar.update(count)
-        now = time.monotonic()
-        if self.lines and now - self.said > 30:
-            left = (now - self.start) / (self.done - self.begun) * (self.total - self.done)
-            print(f"{algo}: return {mean_return:.4g}; {self.done} of all runs' {self.total} epochs, {left:.0f} s left",
-                  file=sys.stderr)  # fmt: skip
-            self.said = now
-
-
 def finish(failures, args):
     """Say which runs failed, and rewrite the report."""
     for line in sorted(failures):
         print(f"run.py: {line}", file=sys.stderr)
     root = folder_of_all(args)
-    with checkpoints.locked(root, wait=True):  # another command may end just now
-        wrote, left_out = report.write(root)
+    try:
+        with checkpoints.locked(root, wait=True):  # another command may end just now
+            wrote, left_out = report.write(root)
+    except OSError:
+        raise
+    except Exception as error:  # the training is good, whatever other runs did to the report
+        wrote, left_out = [], [f"{root}: the runs are good, but there is no report: {first_line(error)}"]
     for line in left_out:
         print(f"run.py: {line}", file=sys.stderr)
     for line in [] if args.quiet else wrote:
         print(line)
-
-
-@contextlib.contextmanager
-def one_clear_line():
-    """Whatever is wrong, with the command or with the machine, ends in one line on standard error and an exit code; of
-    several ranks, the one that failed first says it. Yields this process's `Ranks`."""
-    ranks = None
-    try:
-        ranks = parallel.Ranks()
-        yield ranks
-        ranks.leave()
-        return
-    except RunError as error:
-        line, code = error, error.code
-    except parallel.ProcessError as error:
-        line, code = f"{error}; continue from the last checkpoint with --resume", 1
-    except OSError as error:  # a full disk, a folder that is gone or may not be written
-        path = error.filename2 or error.filename or "files"  # a file that cannot be put in its place: the place
-        line, code = f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        line, code = "out of memory; give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 1
-    except KeyboardInterrupt:  # outside of training, or the second one
-        line, code = "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
-    if ranks is None or ranks.first_to_fail():
-        print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
-    if ranks is not None and ranks.count > 1:
-        ranks.exit(code)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import envs
 import maml
-import parallel
 import policies
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
+from harness.device import memory
 from harness.errors import first_line, hint
 from harness.trial import check_tasks
 
@@ -39,6 +39,7 @@ class Setting:
     choices: tuple = ()
     needs: str = ""
     identity: bool = True  # part of what makes a run that run: it cannot change on --resume
+    letter: str = ""  # the paper's, for the lines of a report
 
     @property
     def flag(self):
@@ -137,9 +138,9 @@ SETTINGS = {
         Setting("outer_steps", "β-steps on the same trajectories, all after the first on likelihood ratios to the "
                 "policies that drew them (ProMP); the δ-step comes once, before the first", "5", count, 1),
         Setting("clip", "ε: later β-steps clip the likelihood ratios of their query batches to 1 ± ε", "0.3",
-                step_size, None, "none", needs=REPLAYING),
+                step_size, None, "none", needs=REPLAYING, letter="ε"),
         Setting("kl_penalty", "η: later β-steps add η KL(π_old ‖ π), summed over time, of the policy before adaptation",
-                "0.01", size, 0.0, needs=REPLAYING),
+                "0.01", size, 0.0, needs=REPLAYING, letter="η"),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
                 "median (geometric); random: another random task each epoch (the control); pooled: the epoch's own M "
                 "tasks, K / M trajectories of each (the other control); or a φ", "sampled",
@@ -150,10 +151,11 @@ SETTINGS = {
     ],
     "step sizes": [
         Setting("alpha", "inner step size α, one or several; 0: joint training with MAML's sampling", "0.01", size,
-                0.001, nargs="+", needs=ADAPTING),
-        Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+"),
+                0.001, nargs="+", needs=ADAPTING, letter="α"),
+        Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+",
+                letter="β"),
         Setting("delta", "δ, one or several, all trained at once", "0 0.001 0.005", size, 0.005, nargs="+",
-                needs=DIRECTED),
+                needs=DIRECTED, letter="δ"),
         Setting("delta_schedule", "constant; decay: δ / (1 + epoch / 100); converged: 0 once the smoothed return is "
                 "over the threshold", "decay", default="constant", choices=("constant", "decay", "converged"),
                 needs=DIRECTED),
@@ -162,7 +164,7 @@ SETTINGS = {
     ],
     "settings of single algorithms": [
         Setting("lambda_", "λ of iMAML's inner objective L + λ/2 ‖θ' − θ‖²", "100", step_size, None, "1 / α",
-                needs=IMAML),
+                needs=IMAML, letter="λ"),
         Setting("cg_steps", "steps of conjugate gradients for iMAML's meta-gradient; 0: no Hessian", "10",
                 number(int, 0, 10**9), 1, needs=IMAML),
         Setting("first_order_epochs", "first epochs of MAML++ with first-order meta-gradients", "0",
@@ -170,12 +172,12 @@ SETTINGS = {
         Setting("multi_step_epochs", "MAML++ weighs the losses after all inner steps alike at first, the last alone "
                 "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
         Setting("rho", "radius ρ of Sharp-MAML: the meta-gradient g is taken at θ + ρ g/‖g‖; 0: at θ", "0.01", size,
-                0.05, needs=SHARP),
+                0.05, needs=SHARP, letter="ρ"),
     ],
     "sampling and estimation": [
         Setting("tasks", "M tasks an epoch", "20", count, 5),
         Setting("trajectories", "K trajectories a task, before and after adaptation alike", "40", count, 10),
-        Setting("gamma", "discount γ", "1", number(float, 0, 1, above=True), 0.99),
+        Setting("gamma", "discount γ", "1", number(float, 0, 1, above=True), 0.99, letter="γ"),
         Setting("gae_lambda", "λ of generalised advantage estimation", "1", number(float, 0, 1), 0.95,
                 needs=ACTOR_CRITIC),
         Setting("estimator", "of the meta-gradient's second-order terms", "dice", default="lvc",
@@ -199,6 +201,8 @@ SETTINGS = {
                 "where there is a display", "runs/cartpole-pg/maml/seed1 --phi 12", Path, identity=False),
         Setting("phi", "the task to watch", "12", number(float), None, "the mean task", "+", needs=WATCH,
                 identity=False),
+        Setting("report", "train nothing: rewrite report.md, the figures and their CSV files in these folders, from "
+                "the runs in them", "runs/cartpole-pg", Path, nargs="+", identity=False),
     ],
     "running": [
         Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
@@ -330,9 +334,10 @@ def one_of(choices):
 
 def check_pairs(args, error):
     """Reject flags that conflict or have no effect: an ablation would compare identical runs."""
-    if args.watch is None and (args.env is None or args.algo is None):
+    if args.watch is None and args.report is None and (args.env is None or args.algo is None):
         error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
     excluded = [("overwrite", "resume"), ("range", "values"), ("eval_range", "eval_values")]
+    excluded += [("report", "watch"), ("report", "algo")]
     for name, other in excluded:
         if getattr(args, name) and getattr(args, other):
             error(f"{ALL_SETTINGS[name].flag}: not allowed with argument {ALL_SETTINGS[other].flag}")
@@ -482,7 +487,7 @@ def check_memory(args, env, device):
     runs = [alike * (len(args.delta or [0]) if algo.startswith("directed-") else 1) for algo in args.algo]
     at_once = sum(sorted(runs)[-1 if device == "cuda" else -max(args.workers, 1) :])  # the largest
     need = 4 * at_once * value("tasks") * (2 * params + 3 * activations)
-    have = parallel.memory(device)
+    have = memory(device)
     if need > have:
         what = "GPU" if device == "cuda" else "machine"
         raise RunError(

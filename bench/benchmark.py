@@ -30,7 +30,7 @@ import maml
 import run
 from bench import replay
 from bench.measure import Configuration, in_fresh_processes, measure, median_epoch, opened, profile, time_epoch
-from harness import checkpoints, gyms, trained
+from harness import checkpoints, gyms
 from settings import ALGORITHMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -303,14 +303,20 @@ def lunarlander_tables(args, base):
         with replay.replayers(cores) as pool, opened(env, [as_run_of("maml", r) for r in runs], args.device) as first:
             batches = {
                 algo: run.Batch(
-                    [as_run_of(algo, r) for r in runs], env, first.head, first.sample, args.device, first.ranks
-                )
+                    [as_run_of(algo, r) for r in runs],
+                    env,
+                    first.head,
+                    first.sample,
+                    args.device,
+                    first.ranks,
+                    first.rows,
+                )  # fmt: skip
                 for algo in TABLE_II
             }
             for turn in tqdm(range(args.repeats + 1), f"lunarlander, {label}", disable=None):
-                rng = envs.generators(range(count), trained.WATCH, turn)
-                phi = envs.sample_tasks(env, rng, settings["tasks"])
-                noise = envs.draw_noise(env, rng, settings["tasks"], settings["trajectories"])
+                stream = envs.stream(range(count), envs.OTHER, turn)
+                phi = envs.sample_tasks(env, stream, settings["tasks"])
+                noise = envs.draw_noise(env, stream, range(settings["tasks"]), settings["trajectories"])
                 start = time.perf_counter()
                 trajectories = first.sample(maml.expand(batches["maml"].theta, settings["tasks"]), phi, noise)
                 seconds, steps = time.perf_counter() - start, trajectories["mask"].sum(-1).double()

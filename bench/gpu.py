@@ -1,160 +1,108 @@
 """Everything that needs a GPU, checked and measured by one command: `python bench/gpu.py` writes one Markdown file.
 
-Takes under nine minutes with torch 2.11; needs requirements.txt and pytest. Exits with code 1 where a check fails; the
-other parts run all the same.
+Takes under six minutes, from any folder; needs requirements.txt, and shows JAX beside it where jax is installed. Each
+part runs in a process of its own for at most its seconds, and what it has printed by then is kept. Exits with code 1
+where a check fails; the other parts run all the same.
 """
 
 import argparse
+import importlib.util
+import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import envs
-import policies
-import report
 import run
-from bench.measure import (
-    Configuration,
-    in_fresh_processes,
-    measure,
-    opened,
-    opened_endless,
-    peak_memory,
-    repeat,
-    time_epoch,
-)
-from harness import checkpoints
+from bench.measure import Configuration, in_fresh_processes, measure, opened, opened_endless, peak_memory, time_epoch
+from harness import checkpoints, report
+from harness.device import WARM_UP, Recorded
+from harness.sampling import DeviceSampler
+from settings import ALGORITHMS
 
-REPOSITORY = Path(__file__).parent.parent
-LIMIT = 480  # s after which no further part or row begins
+REPOSITORY = Path(run.__file__).parent
 TOLERANCE, FLOAT32_TOLERANCE = 1e-9, 1e-4  # of θ after a few epochs
 BASE = Configuration("cartpole", "maml", S=1, M=5, K=10, H=200, hidden=64)
+TINY = {"M": 2, "K": 2, "H": 8, "hidden": 4}
 SIZES = (1, 16, 64, 256)
 FAMILIES = list(envs.ENVS)
 
 
-# A GPU draws other numbers than a CPU: what is compared takes the CPU's on both.
-same_noise = partial(mock.patch.object, envs, "on_device", lambda generators, device: generators)
+class Table:
+    """Prints rows of a Markdown table as they come."""
+
+    def __init__(self):
+        self.columns = []
+
+    def add(self, **cells):
+        if not self.columns:
+            self.columns = list(cells)
+            print("| " + " | ".join(self.columns) + " |\n|" + "---|" * len(self.columns))
+        print("| " + " | ".join(cells.get(column, "") for column in self.columns) + " |", flush=True)
 
 
-class CheckError(Exception):
-    """A check failed; the message is Markdown."""
+def check(difference, tolerance, what):
+    if not difference < tolerance:  # NaN is a failure too
+        sys.exit(f"{what}: {difference:.1e}, expected less than {tolerance:g}")
 
 
-# --- the parts: (device, small, time left in s) -> Markdown; they raise CheckError ---
+# --- the parts: (device, small) print Markdown; they exit with a line where a check fails ---
 
 
-def run_tests(device, small, left):
+def run_tests(device, small):
     """The tests that need CUDA."""
-    if small:
-        return "left out with --small"
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-k", "cuda or captured", "tests"]
-    try:
-        ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=min(150, left))
-    except subprocess.TimeoutExpired as error:
-        raise CheckError(f"not done after {error.timeout:.0f} s") from error
-    text = "\n".join(ended.stdout.splitlines()[-15:])
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-k", "cuda", "tests"]
+    ended = subprocess.run([*command, "--co"] if small else command, cwd=REPOSITORY, capture_output=True, text=True)
+    tail = "\n".join(ended.stdout.splitlines()[-15:])
+    print(f"```\n{tail}\n```")
     if ended.returncode:
-        raise CheckError(f"```\n{text}\n{ended.stderr[-1000:]}\n```")
-    return f"```\n{text}\n```"
+        sys.exit(f"pytest ended with {ended.returncode}: {ended.stderr[-1000:]}")
 
 
-def trained(configuration, device, epochs=3):
-    """θ after so many epochs in float64, as one vector on the CPU."""
+def trained(configuration, device, epochs):
+    """θ after so many epochs, recorded where the device can, as one vector on the CPU."""
+    env, runs = configuration.plan()
+    with opened(env, runs, "cpu") as on_cpu:
+        sample, epoch = on_cpu.sample, Recorded(run.train_epoch)
+        if device is not None:
+            sample = DeviceSampler(env, on_cpu.head, device, compiled=None)
+        batch = run.Batch(runs, env, on_cpu.head, sample, device or "cpu", on_cpu.ranks, on_cpu.rows)
+        for _ in range(epochs):
+            batch.set_schedules()
+            epoch(batch)
+            for planned in runs:
+                planned.state["epoch"] += 1
+        return batch.position().cpu()
+
+
+def check_agreement(device, small):
+    """θ after warming up and two recorded epochs, in float64, on the device and by numpy rollouts on the CPU."""
     torch.set_default_dtype(torch.float64)
-    try:
-        env, runs = configuration.plan()
-        with same_noise(), opened(env, runs, device) as batch:
-            for _ in range(epochs):
-                run.train_epoch(batch)
-            return torch.cat([p.detach().cpu().flatten() for p in batch.theta.values()])
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def check_agreement(device, small, left):
-    """θ after three epochs in float64, on the device and on the CPU."""
-    rows = []
-    for name in FAMILIES:
-        for algo in ("directed-maml",) if small else ("directed-maml", "meta-sgd"):
-            sizes = {"S": 2, "M": 2, "K": 2, "H": 8, "hidden": 4} if small else {"S": 2, "H": None}
-            c = replace(BASE, env=name, algo=algo, **sizes)
-            ours, expected = trained(c, device), trained(c, "cpu")
-            difference = float((ours - expected).abs().max())
-            rows.append({"family": name, "algorithm": algo, "largest difference in θ": f"{difference:.1e}"})
-    text = report.markdown(rows)
-    if not all(float(row["largest difference in θ"]) < TOLERANCE for row in rows):  # NaN is a failure too
-        raise CheckError(text)
-    return text
-
-
-def sample_eagerly(env, head, device, params, phi, noise):
-    """As the captured rollout, without a CUDA graph."""
-    with torch.no_grad():
-        act = policies.actor({key: p.detach() for key, p in params.items()}, head, torch)
-        return envs.rollout(env, act, phi.to(device), {key: x.to(device) for key, x in noise.items()}, torch)
-
-
-def time_on_device(configuration, device, seconds, eager):
-    """Seconds an epoch, and peak memory in MB."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with opened_endless(configuration, device) as batch:
-        if eager:
-            batch.sample = partial(sample_eagerly, batch.env, batch.head, device)
-        timed = repeat(partial(time_epoch, batch), seconds)
-    return timed["epoch"], peak_memory(device)
-
-
-def time_on_cores(configuration, seconds):
-    """Seconds an epoch of the whole sweep on the CPU, its runs shared out over a process on each core."""
-    count = min(os.cpu_count(), configuration.S)
-    share = replace(configuration, S=math.ceil(configuration.S / count))
-    return max(row["epoch"] for row in in_fresh_processes(measure, *[(share, "cpu", seconds)] * count))
-
-
-def measure_speed(device, small, left):
-    """Epochs a second for sweeps of several sizes, with and without a CUDA graph, and on all cores of the CPU."""
-    rows, faster, deadline = [], [], time.monotonic() + left
-    base, seconds = (replace(BASE, M=2, K=2, H=8, hidden=4), 0.0) if small else (BASE, 2.0)
-    for size in SIZES[:2] if small else SIZES:
-        if time.monotonic() > deadline:
-            rows.append({**dict.fromkeys(rows[0], "out of time"), "runs": f"{size}"})
-            continue
-        c = replace(base, S=size)
-        captured, memory = time_on_device(c, device, seconds, eager=False)
-        eager, _ = time_on_device(c, device, seconds, eager=True)
-        on_cpu = time_on_device(c, "cpu", seconds, eager=False)[0] if small else time_on_cores(c, seconds)
-        faster += [size] * (captured < on_cpu)
-        shown = [f"{1 / x:.3g}" for x in (captured, eager, on_cpu)]
-        names = ["captured, epochs/s", "eager, epochs/s", "CPU, all cores, epochs/s"]
-        rows.append({"runs": f"{size}", **dict(zip(names, shown, strict=True)), "peak memory, MB": f"{memory:.0f}"})
-    crossover = f"from {faster[0]} runs on" if faster else "at none of these sizes"
-    return (
-        f"CartPole, MAML, every trajectory 200 steps.\n\n{report.markdown(rows)}\n\nThe device is faster {crossover}."
-    )
+    table, sizes = Table(), TINY | {"S": 2} if small else {"S": 2, "M": 2, "K": 4, "H": 20, "hidden": 16}
+    cases = [(name, "directed-maml") for name in FAMILIES]
+    cases += [("point", algo) for algo in ALGORITHMS if algo != "directed-maml"]
+    for name, algo in cases:
+        c = replace(BASE, env=name, algo=algo, **sizes)
+        difference = float((trained(c, device, WARM_UP + 2) - trained(c, None, WARM_UP + 2)).abs().max())
+        table.add(family=name, algorithm=algo, **{"largest difference in θ": f"{difference:.1e}"})
+        check(difference, TOLERANCE, f"{name}, {algo}")
 
 
 def train_here(dtype, out, *words):
     """A command of run.py in this process, without its report. Returns the state of its one run."""
     torch.set_default_dtype(dtype)
-    try:
-        with same_noise(), mock.patch.object(report, "write", lambda root: ([], [])):
-            run.main([*map(str, words), "--out", str(out), "--quiet"])
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with mock.patch.object(report, "write", lambda root: ([], [])):
+        run.main([*map(str, words), "--out", str(out), "--quiet"])
     [path] = Path(out).rglob(checkpoints.CHECKPOINT)
     return checkpoints.load(path)
 
@@ -163,57 +111,122 @@ def largest_difference(a, b):
     return max(float((a["theta"][name] - p).abs().max()) for name, p in b["theta"].items())
 
 
-def check_checkpoints(device, small, left):
-    """Two epochs on the device, two on the CPU, two on the device again: the same as six on the CPU."""
+def check_checkpoints(device, small):
+    """Two epochs on the device, two on the CPU, two on the device again: the same as six on the CPU, in float64."""
     words = ["--env", "point", "--algo", "directed-meta-sgd", "--optimizer", "adam", "--eval-steps", 1]
     words += ["--tasks", 2, "--trajectories", 2, "--hidden", 8]
     with tempfile.TemporaryDirectory() as moved, tempfile.TemporaryDirectory() as stayed:
         for epochs, place in ((2, device), (4, "cpu"), (6, device)):
-            state = train_here(
-                torch.float64, moved, *words, "--device", place, "--epochs", epochs, *["--resume"] * (epochs > 2)
-            )
-        difference = largest_difference(
-            state, train_here(torch.float64, stayed, *words, "--device", "cpu", "--epochs", 6)
-        )
-    text = f"largest difference in θ: {difference:.1e}"
-    if not difference < TOLERANCE:
-        raise CheckError(text)
-    return text
+            resume = ["--resume"] if epochs > 2 else []
+            state = train_here(torch.float64, moved, *words, "--device", place, "--epochs", epochs, *resume)
+        expected = train_here(torch.float64, stayed, *words, "--device", "cpu", "--epochs", 6)
+    difference = largest_difference(state, expected)
+    print(f"largest difference in θ: {difference:.1e}")
+    check(difference, TOLERANCE, "largest difference in θ")
 
 
-def check_lunarlander(device, small, left):
+def check_lunarlander(device, small):
     """LunarLander's gradients on the device and its environments on the CPU: the same as all on the CPU, in float32."""
     words = ["--env", "lunarlander", "--algo", "directed-maml", "--epochs", 1 if small else 3, "--eval-steps", 1]
-    words += [
-        "--tasks",
-        2,
-        "--trajectories",
-        2,
-        "--horizon",
-        5 if small else 50,
-        "--hidden",
-        8,
-        "--workers",
-        1 if small else 4,
-    ]
+    words += ["--tasks", 2, "--trajectories", 2, "--horizon", 5 if small else 50, "--hidden", 8]
     states = []
     for place in (device, "cpu"):
         with tempfile.TemporaryDirectory() as out:
-            states.append(train_here(torch.float32, out, *words, "--device", place))
+            states.append(train_here(torch.float32, out, *words, "--workers", 1, "--device", place))
     difference = largest_difference(*states)
-    text = f"largest difference in θ: {difference:.1e}"
-    if not difference < FLOAT32_TOLERANCE:
-        raise CheckError(text)
-    return text
+    print(f"largest difference in θ: {difference:.1e}")
+    check(difference, FLOAT32_TOLERANCE, "largest difference in θ")
 
 
-PARTS = {
-    "Tests that need CUDA": run_tests,
-    "Float64 on the device and on the CPU": check_agreement,
-    "Speed and memory": measure_speed,
-    "A checkpoint moved there and back": check_checkpoints,
-    "LunarLander sampled on the CPU": check_lunarlander,
+def time_on_device(configuration, device, record, seconds):
+    """(ms an epoch, the median of so many seconds; s until the first timed one; peak memory in MB)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begun, times = time.perf_counter(), []
+    epoch = Recorded(run.train_epoch) if record else run.train_epoch
+    with opened_endless(configuration, device) as batch:
+        if not record:
+            batch.sample.compiled = None
+        for _ in range(WARM_UP + 1):
+            time_epoch(batch, epoch)
+        ready = time.perf_counter() - begun
+        while not times or sum(times) < seconds:
+            times.append(time_epoch(batch, epoch)["epoch"])
+    return 1000 * sorted(times)[len(times) // 2], ready, peak_memory(device)
+
+
+def time_jax(configuration):
+    """ms an epoch of JAX's plain design on this device, in float32; "" where it is not installed."""
+    if importlib.util.find_spec("jax") is None:
+        return ""
+    words = ["--design", "plain", "--algo", configuration.algo, "--runs", str(configuration.S), "--seconds", "1"]
+    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, str(REPOSITORY / "bench/jax_rival.py"), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if ended.returncode:
+        return ended.stderr.strip().splitlines()[-1][:60]
+    return f"{1000 * json.loads(ended.stdout)['epoch']:.3g}"
+
+
+def measure_speed(device, small):
+    """CartPole, every trajectory 200 steps; ms an epoch of all runs, recorded with a compiled step, and not."""
+    table, seconds = Table(), 0.0 if small else 1.5
+    for algo in ("maml", "fomaml"):
+        for size in SIZES[:2] if small else SIZES:
+            c = replace(BASE, algo=algo, S=size, **(TINY if small else {}))
+            recorded, ready, memory = time_on_device(c, device, True, seconds)
+            one_by_one, *_ = time_on_device(c, device, False, seconds)
+            table.add(algorithm=algo, runs=f"{size}", recorded=f"{recorded:.3g}", **{
+                "one by one": f"{one_by_one:.3g}", "s until recorded": f"{ready:.1f}", "memory, MB": f"{memory:.0f}",
+            })  # fmt: skip
+
+
+def measure_jax(device, small):
+    """The same by JAX's plain design (bench/jax_rival.py), jitted as a whole, float32 products."""
+    table = Table()
+    for algo in ("maml", "fomaml"):
+        for size in SIZES[:1] if small else SIZES:
+            table.add(algorithm=algo, runs=f"{size}", ms=time_jax(replace(BASE, algo=algo, S=size)) or "not installed")
+
+
+def measure_cores(device, small):
+    """ms an epoch of MAML on the CPU, the runs shared out over a process on each core, and on the device."""
+    table, seconds, faster = Table(), 0.0 if small else 1.5, []
+    for size in SIZES[:2] if small else SIZES:
+        c = replace(BASE, S=size, **(TINY if small else {}))
+        count = min(os.cpu_count(), size)
+        share = replace(c, S=math.ceil(size / count))
+        cores = 1000 * max(row["epoch"] for row in in_fresh_processes(measure, *[(share, "cpu", seconds)] * count))
+        recorded, *_ = time_on_device(c, device, True, seconds)
+        table.add(runs=f"{size}", **{f"{os.cpu_count()} cores": f"{cores:.3g}", "device": f"{recorded:.3g}"})
+        faster += [size] if recorded < cores else []
+    print(f"\nThe device is faster {f'from {faster[0]} runs on' if faster else 'at none of these sizes'}.")
+
+
+def time_command(device, small):
+    """`run.py --env cartpole --algo maml --seed 1-64 --epochs 400`, report included, twice: the second time with what
+    torch compiled in the first."""
+    for turn in ("first", "second"):
+        with tempfile.TemporaryDirectory() as out:
+            words = ["--env", "cartpole", "--algo", "maml", "--device", device, "--out", out, "--quiet"]
+            words += ["--seed", "1-2", "--epochs", "2", "--horizon", "5"] if small else ["--seed", "1-64"]
+            words += [] if small else ["--epochs", "400"]
+            start = time.perf_counter()
+            subprocess.run([sys.executable, str(REPOSITORY / "run.py"), *words], check=True)
+            print(f"{turn} time: {time.perf_counter() - start:.1f} s\n", flush=True)
+
+
+PARTS = {  # name: (function, seconds that it may take)
+    "Tests that need CUDA": (run_tests, 60),
+    "Float64 on the device and on the CPU": (check_agreement, 60),
+    "A checkpoint moved there and back": (check_checkpoints, 30),
+    "LunarLander sampled on the CPU": (check_lunarlander, 30),
+    "Speed and memory": (measure_speed, 110),
+    "A whole command": (time_command, 90),
+    "All cores": (measure_cores, 60),
+    "JAX": (measure_jax, 100),
 }
+LIMIT = 340  # s after which no further part begins
 
 
 # --- the command ---
@@ -229,34 +242,50 @@ def describe(device):
     )
 
 
+def run_part(name, words, seconds):
+    """What a part printed, and why it failed, if it did."""
+    command = [sys.executable, str(Path(__file__).resolve()), *words, "--part", name]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        process = subprocess.Popen(command, stdout=out, stderr=error, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            code = None
+        out.seek(0), error.seek(0)
+        why = f"not done after {seconds:.0f} s" if code is None else error.read()[-1500:]
+        return out.read(), why if code != 0 else ""
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark/gpu.md"), help="(default %(default)s)")
+    default = REPOSITORY / "results/benchmark/gpu.md"
+    parser.add_argument("--out", type=Path, default=default, help="(default %(default)s)")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu tries this script without a GPU
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=PARTS, help="print this part alone")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu.py: no CUDA device is available to torch, so there is nothing to check")
-    start, failed, text = time.monotonic(), [], ["# GPU", describe(args.device)]
-    for title, part in PARTS.items():
-        begun, left = time.monotonic(), LIMIT - (time.monotonic() - start)
-        print(f"{title} ..", flush=True)
-        try:
-            body = part(args.device, args.small, left) if left > 0 else "left out: out of time"
-        except CheckError as error:
-            failed.append(title)
-            body = f"**FAILED**\n\n{error}"
-        except (Exception, SystemExit):
-            failed.append(title)
-            body = f"**FAILED**\n\n```\n{traceback.format_exc()[-2000:]}\n```"
-        text += [f"## {title}", f"{part.__doc__} {time.monotonic() - begun:.0f} s.", body]
-    text.insert(
-        2,
-        f"{time.monotonic() - start:.0f} s in all. {'Failed: ' + ', '.join(failed) if failed else 'No check failed'}.",
-    )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_atomically(args.out, "\n\n".join(text) + "\n")
-    print(text[2], f"wrote {args.out}")
+    if args.part:
+        return PARTS[args.part][0](args.device, args.small)
+    start, failed, text = time.monotonic(), [], []
+    words = ["--device", args.device, *(["--small"] if args.small else [])]
+    for name, (part, seconds) in PARTS.items():
+        begun = time.monotonic()
+        left = min(seconds, LIMIT - (begun - start))
+        print(f"{name} ..", flush=True)
+        body, why = run_part(name, words, left) if left > 0 else ("left out: out of time", "")
+        if why:
+            failed.append(name)
+            body += f"\n\n**FAILED**\n\n```\n{why}\n```"
+        text += [f"## {name}", f"{' '.join(part.__doc__.split())} {time.monotonic() - begun:.0f} s.", body.strip()]
+        verdict = f"Failed: {', '.join(failed)}." if failed else "No check failed."
+        head = f"{time.monotonic() - start:.0f} s in all. {verdict}"
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_atomically(args.out, "\n\n".join(["# GPU", describe(args.device), head, *text]) + "\n")
+    print(head, f"wrote {args.out}")
     if failed:
         sys.exit(1)
 

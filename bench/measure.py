@@ -14,10 +14,11 @@ from unittest import mock
 import torch
 
 import maml
-import parallel
 import policies
 import run
 from bench import reference
+from harness import log, processes, ranks, sampling
+from harness.log import Rows
 from settings import make_env, parse
 
 WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time
@@ -63,10 +64,10 @@ def endless(env):
 def opened(env, runs, device):
     """A batch of runs, ready to train as run.py trains them."""
     torch.set_num_threads(1)
-    parallel.keep_memory()
-    head, ranks = policies.make_head(env.actions), parallel.Ranks()
-    with parallel.open_sampler(env, head, device, os.cpu_count()) as sample:
-        yield run.Batch(runs, env, head, sample, device, ranks)
+    processes.keep_memory()
+    head = policies.make_head(env.actions)
+    with sampling.open_sampler(env, head, device, os.cpu_count()) as sample:
+        yield run.Batch(runs, env, head, sample, device, ranks.Ranks(), Rows(writes=False))
 
 
 def opened_endless(configuration, device):
@@ -82,26 +83,31 @@ def clock():
     return time.perf_counter()
 
 
-def time_epoch(batch):
-    """Seconds of one run.train_epoch and of its parts, which add up to it, and its env steps.
+def time_epoch(batch, epoch=run.train_epoch):
+    """Seconds of one epoch and, on a CPU, of its parts, which add up to it; and its env steps.
 
-    "outer" is what is neither sampling nor the inner gradient: the δ-step's gradient and the optimiser too.
+    epoch: run.train_epoch, or that `Recorded`. "outer" is what is neither sampling nor the inner gradient: the δ-step's
+    gradient and the optimiser too.
     """
-    inner, adapt = [], maml.adapt
+    inner, adapt, on_cpu = [], maml.adapt, batch.device == "cpu"
 
-    def timed_adapt(theta, task_loss, *args, **kwargs):
-        start, sampled = clock(), task_loss.seconds
-        adapted = adapt(theta, task_loss, *args, **kwargs)
-        inner.append(clock() - start - (task_loss.seconds - sampled))
+    def timed_adapt(*args, **kwargs):
+        start, sampled = clock(), batch.sample.seconds
+        adapted = adapt(*args, **kwargs)
+        inner.append(clock() - start - (batch.sample.seconds - sampled))
         return adapted
 
+    batch.sample.take_seconds()
+    batch.set_schedules()
     start = clock()
-    with mock.patch.object(maml, "adapt", timed_adapt):
-        losses = run.train_epoch(batch)
-    seconds, sampling = clock() - start, sum(loss.seconds for loss in losses)
-    env_steps = int(sum(loss.env_steps.sum() for loss in losses))
-    outer = seconds - sampling - sum(inner)
-    return {"epoch": seconds, "sampling": sampling, "inner": sum(inner), "outer": outer, "env_steps": env_steps}
+    with mock.patch.object(maml, "adapt", timed_adapt) if on_cpu else contextlib.nullcontext():
+        measured = log.fetched(epoch(batch))
+    timed = {"epoch": clock() - start}
+    timed["env_steps"] = int(sum(measured[name].sum() for name in ("env_steps", "medium_steps") if name in measured))
+    if on_cpu:
+        timed |= {"sampling": batch.sample.take_seconds(), "inner": sum(inner)}
+        timed["outer"] = timed["epoch"] - timed["sampling"] - timed["inner"]
+    return timed
 
 
 def repeat(epoch, seconds):

@@ -397,11 +397,18 @@ def stack(trees, device):
     no axis, such as Adam's step count, is the same for all."""
     if isinstance(trees[0], dict):
         return {key: stack([tree[key] for tree in trees], device) for key in trees[0]}
-    return torch.cat([x.detach() for x in trees]).to(device) if trees[0].dim() else trees[0].clone()
+    return (torch.cat([x.detach() for x in trees]) if trees[0].dim() else trees[0].clone()).to(device)
+
+
+def to_cpu(tree):
+    """A nested dict of tensors on the CPU."""
+    if isinstance(tree, dict):
+        return {key: to_cpu(x) for key, x in tree.items()}
+    return tree.detach().cpu()
 
 
 def take(tree, run):
-    """The reverse of `stack`: one run's part, on the CPU."""
+    """The reverse of `stack`: one run's part of tensors on the CPU."""
     if isinstance(tree, dict):
         return {key: take(x, run) for key, x in tree.items()}
-    return (tree[run : run + 1] if tree.dim() else tree).detach().cpu().clone()
+    return (tree[run : run + 1] if tree.dim() else tree).clone()

@@ -7,6 +7,7 @@ Untrusted runs are safe to open: a checkpoint is data, and an environment `modul
 only if the caller names it.
 """
 
+import itertools
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,13 +19,13 @@ import envs
 import learners
 import maml
 import policies
+from envs import WATCH
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.errors import first_line
 from settings import ALL_SETTINGS
 
 MOST_NUMBERS = 2**28  # of the episodes that one inner step samples
-WATCH = 4  # a purpose of random numbers, beside those of run.py: see envs.generators
 
 
 def load(folder, trusted_env=None):
@@ -142,11 +143,11 @@ class Policy:
             raise ValueError("adapt: give either phi or episodes")
         theta = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
         if episodes is None:
-            phi, rng = self.check_phi(phi), envs.generators([seed], WATCH)
+            phi, stream, calls = self.check_phi(phi), envs.stream([seed], WATCH), itertools.count(1)
             steps = self.inner_steps if steps is None else steps
 
             def objective(params):
-                return self.loss(params, self.sample(phi, rng, params))
+                return self.loss(params, self.sample(phi, stream, calls, params))
         else:
             batches = iter([self.trajectories(part) for part in episodes])
             steps = len(episodes)
@@ -161,23 +162,23 @@ class Policy:
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 
     def check_phi(self, phi):
-        """φ as a tensor (1, 1, P)."""
+        """φ as an array (1, 1, P)."""
         phi = np.ravel(phi).tolist()  # also a single number
         if len(phi) != len(self.env.phi_names):
             expected = f"expected {len(self.env.phi_names)} number(s): {', '.join(self.env.phi_names)}"
             raise envs.ArgumentError("phi", " ".join(f"{x:g}" for x in phi), expected)
-        return torch.tensor([[phi]], dtype=torch.float32)
+        return np.array([[phi]], np.float32)
 
-    def sample(self, phi, rng, params, num_trajectories=None):
-        """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params."""
-        noise = envs.draw_noise(self.env, rng, 1, num_trajectories or self.settings["trajectories"])
-        act = policies.actor(as_numpy(params), self.head)
-        episodes = envs.rollout(self.env, act, phi.numpy(), as_numpy(noise))
+    def sample(self, phi, stream, calls, params, num_trajectories=None):
+        """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params; the random numbers of the next call."""
+        count = num_trajectories or self.settings["trajectories"]
+        noise = envs.draw_noise(self.env, stream, range(1), count, next(calls))
+        episodes = envs.rollout(self.env, policies.actor(as_numpy(params), self.head), phi, noise)
         return {key: torch.from_numpy(x) for key, x in episodes.items()}
 
     def loss(self, params, trajectories, head=None):
         options = {key: self.settings[key] for key in policies.OPTIONS}
-        return policies.LOSSES[self.settings["rl"]](params, trajectories, head=head or self.head, **options)
+        return policies.loss(params, trajectories, head=head or self.head, **options)
 
     def trajectories(self, episodes):
         """[(observations, actions, rewards), ..] -> the dict that policies.py describes, S = M = 1."""

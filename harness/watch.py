@@ -13,10 +13,11 @@ import numpy as np
 
 import envs
 import policies
+from envs import WATCH
 from harness import checkpoints
 from harness.checkpoints import RunError
 from harness.errors import first_line
-from harness.trained import WATCH, as_numpy, load
+from harness.trained import as_numpy, load
 
 STEP_SECONDS = 0.1  # of a family that has no clock of its own
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -31,11 +32,10 @@ def watch(folder, phi=None, trusted_env=None):
         phi = policy.check_phi(default_task(env) if phi is None else phi)
         print(what_phi_changes(env))
         adapted = policy.adapt(phi[0, 0].tolist())
-        noise_rng = envs.generators([policy.settings["seed"]], WATCH, 1)
-        noise = as_numpy(envs.draw_noise(env, noise_rng, 1, 1))
+        noise = envs.draw_noise(env, envs.stream([policy.settings["seed"]], WATCH, 1), range(1), 1)
         act = policies.actor(as_numpy(adapted.theta), policy.head)
-        episode = envs.rollout(env, act, phi.numpy(), noise)
-        pictures = frames(policy.settings["env"], env, phi.numpy(), noise, episode)
+        episode = envs.rollout(env, act, phi, noise)
+        pictures = frames(policy.settings["env"], env, phi, noise, episode)
         animation = as_gif(pictures, milliseconds(policy.settings["env"], env))
     except ImportError as error:
         remedy = "animations need matplotlib: pip install matplotlib"
@@ -86,7 +86,7 @@ def what_phi_changes(env, steps=5):
     after some steps at both ends of Φ from the same start with the same random actions."""
     ends = [env.values[0], env.values[-1]] if env.values else [env.low, env.high]
     env = replace(env, horizon=min(env.horizon, steps + 1))
-    noise = as_numpy(envs.draw_noise(env, envs.generators([0], WATCH, 2), 1, 1))
+    noise = envs.draw_noise(env, envs.stream([0], WATCH, 2), range(1), 1)
     noise = {key: x.repeat(2, 1) for key, x in noise.items()}
     episode = envs.rollout(env, random_actions(env), np.array([ends], np.float32), noise)
     steps = int(episode["mask"].sum(-1).min()) - 1  # both episodes still run

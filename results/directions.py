@@ -16,10 +16,10 @@ import torch
 
 import envs
 import maml
-import report
 import run
 from bench import measure
-from harness import checkpoints, gyms
+from harness import checkpoints, gyms, report
+from harness.text import markdown
 
 REPEATS, SEEDS = 60, range(1, 11)
 ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)
@@ -32,8 +32,8 @@ def load_run(folder):
 
 def gradients(batch, grid):
     """Estimates of the gradient at θ from K trajectories each: (repeats, S, G, number of parameters)."""
-    rng = envs.generators(batch.seeds, 99, batch.epoch)
-    task_loss = run.TaskLoss(batch, grid.expand(len(batch.seeds), *grid.shape), rng)
+    batch.keys[envs.OTHER] = envs.stream([r.settings["seed"] for r in batch.runs], envs.OTHER).keys
+    task_loss = run.TaskLoss(batch, envs.OTHER, grid.expand(len(batch.runs), *grid.shape).numpy())
     theta = {key: p.detach().requires_grad_() for key, p in maml.expand(batch.theta, len(grid)).items()}
     estimates = []
     for _ in range(REPEATS):
@@ -75,8 +75,8 @@ def main():
             with measure.opened(env, [load_run(folder) for folder in folders], "cpu") as batch:
                 found = cosines(gradients(batch, envs.held_out_tasks(env)))
             cells = {column: report.with_interval(values.tolist(), "{:.2f}".format) for column, values in found.items()}
-            lines.append({"environment": name, "epoch": f"{batch.epoch}", **cells})
-    text = f"# Directions\n\n{report.markdown(lines)}\n\n{__doc__}"
+            lines.append({"environment": name, "epoch": f"{batch.epochs_done}", **cells})
+    text = f"# Directions\n\n{markdown(lines)}\n\n{__doc__}"
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
 
 

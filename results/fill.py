@@ -18,7 +18,8 @@ import re
 import sys
 from pathlib import Path
 
-import report
+from harness import report
+from harness.text import markdown
 from settings import SETTINGS, shown_default
 
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.
@@ -32,7 +33,7 @@ def read_summary(folder):
 
 def report_tables(folder):
     """The Markdown tables that folder/report.md should hold."""
-    return report.tables(read_summary(folder))
+    return list(report.tables(read_summary(folder)).values())
 
 
 def table(columns, lines, root):
@@ -52,7 +53,7 @@ def table(columns, lines, root):
             raise ValueError(f"unknown column {unknown[0]!r}; there are {', '.join(cells)}")
         arms[name] = labels[label]
         rows.append({column: cells[column] for column in ("algorithm", *columns)})
-    return f"{report.markdown(rows)}\n\n{report.budget(arms)}"
+    return f"{markdown(rows)}\n\n{report.budget(arms)}"
 
 
 def flag_table():
@@ -67,8 +68,8 @@ def flag_table():
             if setting.needs:
                 text += f"; needs {setting.needs}"
             cells = f"`{setting.flag}`", shown_default(setting), text
-            lines.append(dict(zip(lines[0], (cell.replace("|", "\\|") for cell in cells), strict=True)))
-    return report.markdown(lines)
+            lines.append(dict(zip(lines[0], cells, strict=True)))
+    return markdown(lines)
 
 
 def filled(path):

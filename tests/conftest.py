@@ -6,21 +6,22 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 import pytest
 import torch
 
-import report
+from harness import figures
+from harness.gyms import make
 from tests.commands import SMALL, Command, train
+from tests.noise import in_numpy, noise_of, tasks_of
 
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs
 
 
-FIGURES = {name: getattr(report, name) for name in ("draw_curves", "draw_thresholds", "draw_adaptation")}
+DRAW = figures.draw
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_figures():
-    """Figures take a second each, most of a small training's time: only a test that uses `figures` draws them."""
+    """Figures take a second each, most of a small training's time: only a test that uses `drawn` draws them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in FIGURES:
-            patch.setattr(report, name, lambda plt, labels, path: False)
+        patch.setattr(figures, "draw", lambda labels, root: [])
         yield
 
 
@@ -43,10 +44,9 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture
-def figures(monkeypatch):
+def drawn(monkeypatch):
     pytest.importorskip("matplotlib")
-    for name, draw in FIGURES.items():
-        monkeypatch.setattr(report, name, draw)
+    monkeypatch.setattr(figures, "draw", DRAW)
 
 
 @pytest.fixture
@@ -61,3 +61,10 @@ def start():
     yield start
     for command in commands:
         command.end()
+
+
+@pytest.fixture(scope="session")
+def pendulum():
+    """An environment, φ and noise for one rollout of S = 1, M = 1, K = 2."""
+    env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
+    return env, *in_numpy(tasks_of(env, [0], 1, 1), noise_of(env, [0], 0, 1, 2))

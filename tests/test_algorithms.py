@@ -110,9 +110,12 @@ def test_maml_plus_plus_is_of_first_order_at_first_and_weighs_its_inner_steps_ev
         (10, True, 0),
         (11, True, 0),
     ):
-        switches = run.Batch.switches(SimpleNamespace(settings=settings, epoch=epoch))
+        settings["delta"], weights = None, torch.zeros(4, dtype=torch.float64)
+        batch = SimpleNamespace(settings=settings, epochs_done=epoch, step_weights=weights)
+        run.Batch.set_schedules(batch)
+        switches = run.Batch.switches(batch)
         assert switches["second_order"] is second_order
-        assert switches["step_weights"] == pytest.approx([early] * 3 + [1 - 3 * early])
+        assert switches["step_weights"].tolist() == pytest.approx([early] * 3 + [1 - 3 * early])
     assert run.Batch.switches(SimpleNamespace(settings={"first_order_epochs": None})) == {}
 
 

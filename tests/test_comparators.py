@@ -2,16 +2,15 @@
 
 import csv
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
 import envs
-import parallel
 import policies
 import run
 from harness import checkpoints, trained
+from tests.noise import noise_of, rollout_of, tasks_of
 
 SMALL = ["--tasks", "2", "--trajectories", "4", "--horizon", "12", "--hidden", "8", "--eval-every", "2", "--quiet"]
 
@@ -88,17 +87,13 @@ def test_joint_training_takes_one_rollout_an_epoch_and_the_summed_gradient_of_th
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
     start = run.first_state(settings, env)["theta"]
-    rng = envs.generators([3], run.TASKS, 0)
-    phi = envs.sample_tasks(env, rng, 2)
-    noise = envs.draw_noise(env, rng, 2, 4)
+    phi, noise = tasks_of(env, [3], run.TASKS, 2), noise_of(env, [3], run.TASKS, 2, 4)
     seen = {name: p.expand(-1, 2, *p.shape[2:]) for name, p in start.items()}
-    trajectories = parallel.with_numpy(
-        partial(parallel.rollout_here, env, partial(policies.actor, head=head)), seen, phi, noise
-    )
+    trajectories = rollout_of(env, head, seen, phi, noise)
     gradient = dict.fromkeys(start, 0.0)
     for i in range(2):
         task = {key: x[:, i : i + 1] for key, x in trajectories.items()}
-        loss = policies.pg(start, task, head, 0.99, "lvc", "step")
+        loss = policies.loss(start, task, head, "pg", 0.99, "lvc", "step")
         for (name, _), g in zip(start.items(), torch.autograd.grad(loss.sum(), list(start.values())), strict=True):
             gradient[name] = gradient[name] + g
     for name, p in theta(joint).items():
@@ -205,18 +200,14 @@ def test_the_pooled_medium_task_costs_k_trajectories_and_is_the_mean_over_the_ta
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
     start = run.first_state(settings, env)["theta"]
-    phi = envs.sample_tasks(env, envs.generators([1], run.TASKS, 0), 2)  # the epoch's own tasks
-    noise = envs.draw_noise(env, envs.generators([1], run.MEDIUM, 0), 2, 2)
+    phi = tasks_of(env, [1], run.TASKS, 2)  # the epoch's own tasks
+    noise = noise_of(env, [1], run.MEDIUM, 2, 2)
     parts = []
     for i in range(2):  # two trajectories of each task, one task after the other
         own = {key: x[:, i : i + 1] for key, x in noise.items()}
-        parts.append(
-            parallel.with_numpy(
-                partial(parallel.rollout_here, env, partial(policies.actor, head=head)), start, phi[:, i : i + 1], own
-            ),
-        )
+        parts.append(rollout_of(env, head, start, phi[:, i : i + 1], own))
     together = {key: torch.cat([part[key] for part in parts], 2) for key in parts[0]}  # (1, 1, K, ...)
-    loss = policies.pg(start, together, head, 0.99, "lvc", "step")
+    loss = policies.loss(start, together, head, "pg", 0.99, "lvc", "step")
     gradients = torch.autograd.grad(loss.sum(), list(start.values()))
     for (name, p), g in zip(start.items(), gradients, strict=True):
         torch.testing.assert_close(theta(folder)[name], p.detach() - g, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import parallel
+from harness import processes
 
 REPOSITORY = Path(__file__).parent.parent
 OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"harness"}
@@ -43,15 +43,14 @@ USES = {
     "policies": """
         import torch
         from policies import Gaussian, actor, init
-        theta = init(3, Gaussian(2), [torch.Generator()])
+        theta = init(3, Gaussian(2), lambda *shape: torch.rand(1, 1, *shape))
         act = actor({name: p.detach().numpy() for name, p in theta.items()}, Gaussian(2))
         assert act(torch.ones(1, 4, 3).numpy(), torch.zeros(1, 4, 2).numpy()).shape == (1, 4, 2)
     """,
     "envs": """
         import envs
-        env, rng = envs.make("cartpole", horizon=5), envs.generators([1], 0)
-        noise = {key: x.numpy() for key, x in envs.draw_noise(env, rng, 2, 3).items()}
-        phi = envs.sample_tasks(env, rng, 2).numpy()
+        env, stream = envs.make("cartpole", horizon=5), envs.stream([1], envs.TASKS)
+        phi, noise = envs.sample_tasks(env, stream, 2), envs.draw_noise(env, stream, range(2), 3)
         trajectories = envs.rollout(env, lambda obs, noise: noise.argmax(-1), phi, noise)
         assert (trajectories["rewards"].sum(-1) == 5).all()
     """,
@@ -83,13 +82,13 @@ def use_alone(folder, program, packages):
 
 def test_a_module_copied_into_an_empty_folder_works(tmp_path):
     """And one that needs a package or a module of ours does not."""
-    for module, program in (*USES.items(), ("measures", "import measures"), ("run", "import run")):
+    for module, program in (*USES.items(), ("run", "import run")):
         folder = tmp_path / module
         folder.mkdir()
         for name in [module, *COPIED_WITH.get(module, [])]:
             shutil.copy(REPOSITORY / f"{name}.py", folder)
         packages = OTHERS - {"numpy"} if module in WITH_NUMPY else OTHERS
-        process = parallel.context().Process(target=use_alone, args=(folder, program, packages))
+        process = processes.context().Process(target=use_alone, args=(folder, program, packages))
         process.start()
         process.join(60)
         assert (process.exitcode == 0) == (module in USES), module

@@ -1,4 +1,4 @@
-"""Dynamics against gymnasium and by hand; rollouts as pure functions; tasks, streams and bounds."""
+"""Dynamics against gymnasium and by hand; rollouts as pure functions; random numbers, tasks and bounds."""
 
 import math
 from dataclasses import replace
@@ -7,16 +7,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 import envs
 import maml
 import policies
-from envs import ENVS, draw_noise, generators, held_out_tasks, medium_task, sample_tasks
+from envs import ENVS, draw_noise, held_out_tasks, medium_task, stream
 from harness.gyms import FAMILIES, Gymnasium, make
+from tests.noise import noise_of, tasks_of, uniform_of
 
 CARTPOLE = ENVS["cartpole"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 BATCHED = list(ENVS)
 
 
@@ -81,7 +81,7 @@ def test_numpy_and_torch_give_the_same_rollout(name):
 
 def test_a_cartpole_rollout_is_gymnasiums_episode_reward_for_reward():
     """The same initial state and actions through gymnasium's step, over whole episodes, 200-step cap included."""
-    noise = draw_noise(CARTPOLE, generators([1], 0), 2, 8)
+    noise = noise_of(CARTPOLE, [1], 0, 2, 8)
     noise = {key: x.double() for key, x in noise.items()}
     phi = torch.tensor([[[5.0], [15.0]]], dtype=torch.float64)
 
@@ -110,7 +110,7 @@ def test_a_cartpole_rollout_is_gymnasiums_episode_reward_for_reward():
 def test_initial_states_are_distributed_as_gymnasiums():
     env = gymnasium.make("CartPole-v1").unwrapped
     theirs = np.stack([env.reset(seed=seed)[0] for seed in range(2000)])
-    noise = draw_noise(CARTPOLE, generators([0], 0), 1, 2000)["reset"][0]
+    noise = noise_of(CARTPOLE, [0], 0, 1, 2000)["reset"][0]
     ours = envs.cartpole(np.ones((1, 1, 1)), noise.numpy(), np)[0][0]
     assert ours.min() >= -0.05 and ours.max() <= 0.05
     grid = np.linspace(-0.05, 0.05, 21)
@@ -128,7 +128,7 @@ def test_horizon_is_capped_at_200():
 
 def test_point_moves_by_the_clipped_action_and_pays_the_squared_distance():
     env = make("point", horizon=3)
-    noise = draw_noise(env, generators([0], 0), 1, 1)
+    noise = noise_of(env, [0], 0, 1, 1)
     goal = torch.tensor([[[0.3, -0.2]]])
     batch = rollout(env, lambda obs, noise: torch.tensor([[[0.5, -7.0]]]), goal, noise)  # (0.05, −0.1) after clipping
     expected = torch.tensor([[0.0, 0.0], [0.05, -0.1], [0.1, -0.2]])
@@ -141,7 +141,7 @@ def test_point_moves_by_the_clipped_action_and_pays_the_squared_distance():
 
 def test_velocity_changes_by_the_action_and_pays_the_squared_error():
     env = make("velocity", horizon=2)
-    noise = draw_noise(env, generators([0], 0), 1, 1)
+    noise = noise_of(env, [0], 0, 1, 1)
     batch = rollout(env, lambda obs, noise: torch.ones(1, 1, 1), torch.tensor([[[2.0]]]), noise)
     torch.testing.assert_close(batch["obs"][0, 0, 0, :, 0], torch.tensor([0.0, 0.5]))
     torch.testing.assert_close(batch["rewards"][0, 0, 0], torch.tensor([-(1.5**2), -1.0]))
@@ -152,7 +152,7 @@ def test_velocity_changes_by_the_action_and_pays_the_squared_error():
 
 def constant_speeds(speeds, u, count=200):
     """Rollouts of each constant speed (m/s) of vehicle 1 as a task of its own, on the same `count` initial states."""
-    noise = draw_noise(ENVS["crossing"], generators([0], 0), 1, count)
+    noise = noise_of(ENVS["crossing"], [0], 0, 1, count)
     noise = {key: x.expand(-1, len(speeds), *x.shape[2:]) for key, x in noise.items()}
     action = (torch.tensor(speeds) / 7.5 - 1)[:, None, None].expand(-1, count, 1)
     return rollout(ENVS["crossing"], lambda obs, noise: action, torch.full((1, len(speeds), 1), u), noise)
@@ -173,7 +173,7 @@ def test_the_best_plan_is_to_go_first_before_a_slow_vehicle_and_to_yield_to_a_fa
 
 
 def test_one_crossing_by_hand_and_a_collision_ends_and_costs():
-    noise = draw_noise(ENVS["crossing"], generators([0], 0), 1, 1)
+    noise = noise_of(ENVS["crossing"], [0], 0, 1, 1)
     noise["reset"][:] = torch.tensor([0.5, 0.5])  # both 40 m before the crossing
     batch = rollout(ENVS["crossing"], lambda obs, noise: torch.full((1, 1, 1), 1 / 3), torch.tensor([[[10.0]]]), noise)
     mask, rewards = batch["mask"][0, 0, 0], batch["rewards"][0, 0, 0]
@@ -187,7 +187,7 @@ def test_one_crossing_by_hand_and_a_collision_ends_and_costs():
 
 def test_one_gradient_step_on_a_crossing_learns_for_that_crossing_more_than_for_another():
     env, head = ENVS["crossing"], policies.Gaussian(1)
-    theta = policies.init(env.obs_dim, head, generators([0], 0))
+    theta = policies.init(env.obs_dim, head, uniform_of([0]))
     with torch.no_grad():  # a policy between the two plans: 9.75 m/s everywhere
         theta["policy.2.weight"].zero_()
         theta["policy.2.bias"].fill_(9.75 / 7.5 - 1)
@@ -197,9 +197,9 @@ def test_one_gradient_step_on_a_crossing_learns_for_that_crossing_more_than_for_
 
     def task_loss(params):
         detached = {key: p.detach() for key, p in params.items()}
-        batch = rollout(env, policies.actor(detached, head, torch), phi, draw_noise(env, generators([0], 1), 2, 500))
+        batch = rollout(env, policies.actor(detached, head, torch), phi, noise_of(env, [0], 1, 2, 500))
         returns.append(batch["rewards"].sum(-1).mean(-1)[0])
-        return policies.pg(params, batch, head, 0.99, "dice", "step")
+        return policies.loss(params, batch, head, "pg", 0.99, "dice", "step")
 
     adapted = maml.adapt(maml.expand(theta, 2), task_loss, 0.01, second_order=False)
     task_loss(adapted)
@@ -217,8 +217,8 @@ def tilted(direction):
 
 
 def test_after_the_end_observations_rewards_and_mask_are_zero_up_to_the_horizon():
-    noise = draw_noise(CARTPOLE, generators([0, 1], 0), 3, 4)
-    batch = rollout(CARTPOLE, tilted(1), sample_tasks(CARTPOLE, generators([0, 1], 1), 3), noise)
+    noise = noise_of(CARTPOLE, [0, 1], 0, 3, 4)
+    batch = rollout(CARTPOLE, tilted(1), tasks_of(CARTPOLE, [0, 1], 1, 3), noise)
     mask = batch["mask"]
     assert mask.shape[-1] == 200 and mask.sum(-1).max() < 20
     assert mask.sum(-1).min() < mask.sum(-1).max()
@@ -230,8 +230,8 @@ def test_after_the_end_observations_rewards_and_mask_are_zero_up_to_the_horizon(
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_rollout_is_a_pure_function_of_policy_phi_and_noise(name):
     env = ENVS[name]
-    noise = draw_noise(env, generators([0, 1], 0), 3, 4)
-    phi = sample_tasks(env, generators([0, 1], 1), 3)
+    noise = noise_of(env, [0, 1], 0, 3, 4)
+    phi = tasks_of(env, [0, 1], 1, 3)
 
     def act(obs, noise):
         return noise.argmax(-1) if isinstance(env.actions, int) else 0.3 * noise
@@ -247,8 +247,8 @@ def test_a_rollout_is_a_pure_function_of_policy_phi_and_noise(name):
 
 
 def test_permuting_tasks_permutes_results():
-    noise = draw_noise(CARTPOLE, generators([0], 0), 4, 3)
-    phi = sample_tasks(CARTPOLE, generators([0], 1), 4)
+    noise = noise_of(CARTPOLE, [0], 0, 4, 3)
+    phi = tasks_of(CARTPOLE, [0], 1, 4)
     order = torch.tensor([2, 0, 3, 1])
 
     def act(obs, noise):
@@ -259,62 +259,99 @@ def test_permuting_tasks_permutes_results():
     assert all(torch.equal(straight[key][:, order], permuted[key]) for key in straight)
 
 
-class NothingFromTheHost(TorchFunctionMode):
-    """Fails on a copy from the host: a GPU would wait, and no graph hold it. (To it, meta tensors fail anyway.)"""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        assert function not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), function
-        result = function(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs, result)):
-            assert not isinstance(x, torch.Tensor) or x.is_meta, function
-        return result
-
-
 def trained_on(name, device, S=2, M=3, K=4):
     """A fresh policy's make_act, its parameters (S, M, ...), and φ and noise for one rollout, on a device."""
-    env, rng = ENVS[name], generators(range(S), 0)
+    env = ENVS[name]
     head = policies.Categorical(2) if isinstance(env.actions, int) else policies.Gaussian(env.action_dim)
-    params = maml.expand(policies.init(env.obs_dim, head, rng), M)
-    phi, noise = sample_tasks(env, rng, M).to(device), draw_noise(env, rng, M, K)
+    params = maml.expand(policies.init(env.obs_dim, head, uniform_of(range(S))), M)
+    phi, noise = tasks_of(env, range(S), 0, M).to(device), noise_of(env, range(S), 0, M, K)
     params, noise = ({key: x.detach().to(device) for key, x in d.items()} for d in (params, noise))
     return env, head, params, phi, noise
 
 
+# --- random numbers ---
+
+
+def test_philox_gives_its_authors_known_answers():
+    """The vectors of Random123's kat_vectors, for philox4x32-10: counter, key, numbers."""
+    for words in (
+        "00000000 00000000 00000000 00000000  00000000 00000000  6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        "ffffffff ffffffff ffffffff ffffffff  ffffffff ffffffff  408f276d 41c83b0e a20bc7c6 6d5451fd",
+        "243f6a88 85a308d3 13198a2e 03707344  a4093822 299f31d0  d16cfe09 94fdcceb 5001e420 24126ea1",
+    ):
+        words = [int(word, 16) for word in words.split()]
+        for array in (lambda x: np.array([x]), lambda x: torch.tensor([x])):
+            got = envs.philox([array(x) for x in words[:4]], [array(x) for x in words[4:6]])
+            assert [x.item() for x in got] == words[6:]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_words_are_the_same_in_numpy_and_torch_in_any_batch_and_for_any_tasks(device):
+    ours = stream([3, 2**40, 5], 1, epoch=7)
+    words = envs.random_words(ours, 2, range(4), (3, 5))
+    assert words.shape == (3, 4, 3, 5) and words.min() >= 0 and words.max() < 2**32
+    assert len(np.unique(words)) == words.size
+    theirs = envs.Stream(*(torch.from_numpy(x).to(device) for x in ours))
+    on_device = envs.random_words(theirs, 2, range(4), (3, 5))
+    assert on_device.device.type == device and (on_device.cpu().numpy() == words).all()
+    uniform = envs.uniform(ours, 2, range(4), (3, 5)), envs.uniform(theirs, 2, range(4), (3, 5))
+    assert (uniform[1].cpu().numpy() == uniform[0]).all() and uniform[0].dtype == np.float32
+    alone = envs.random_words(stream([2**40], 1, epoch=7), 2, range(1, 4, 2), (3, 5))
+    assert (alone == words[1:2, 1::2]).all()
+    assert (envs.random_words(ours, 2, range(4), (2, 5)) == words[:, :, :2]).all()  # fewer are the first of more
+
+
+def test_uniform_numbers_are_uniform_and_neighbouring_runs_epochs_calls_purposes_and_tasks_uncorrelated():
+    """Fixed keys, so it cannot flake: with 2^16 numbers each, every statistic is within 4.5 of its standard errors."""
+    count = 2**16
+
+    def numbers(seed=1, purpose=0, epoch=1, call=1, task=0):
+        return envs.uniform(stream([seed], purpose, epoch), call, range(task, task + 1), (count,))[0, 0].astype(float)
+
+    others = [{}, {"seed": 2}, {"seed": 0}, {"purpose": 1}, {"epoch": 2}, {"epoch": 0}, {"call": 2}, {"call": 0}]
+    drawn = np.stack([numbers(**other) for other in [*others, {"task": 1}, {"task": 2}]])
+    assert drawn.min() > 0 and drawn.max() < 1
+    standard = (drawn - 0.5) * math.sqrt(12)
+    assert abs(standard.mean(1)).max() * math.sqrt(count) < 4.5
+    assert abs((standard**2).mean(1) - 1).max() * math.sqrt(count) < 4.5 * math.sqrt(0.8)  # Var u² of unit variance
+    correlations = standard @ standard.T / count
+    assert abs(correlations - np.diag(np.diag(correlations))).max() * math.sqrt(count) < 4.5
+    neighbours = (standard[:, 1:] * standard[:, :-1]).mean(1)  # within one block of four words, and across
+    assert abs(neighbours).max() * math.sqrt(count) < 4.5
+    cells = np.stack([np.bincount((row * 256).astype(int), minlength=256) for row in drawn])
+    chi_square = ((cells - count / 256) ** 2 / (count / 256)).sum(1)  # 255 degrees of freedom
+    assert (abs(chi_square - 255) < 4.5 * math.sqrt(2 * 255)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BATCHED)
-def test_a_rollout_on_a_device_asks_nothing_of_the_host(name):
-    env, head, params, phi, noise = trained_on(name, "meta")
-    env, noise = replace(env, horizon=9), noise | {"action": noise["action"][:, :, :, :9]}
-    with NothingFromTheHost():
-        batch = envs.rollout(env, policies.actor(params, head, torch), phi, noise, torch)
-    assert batch["mask"].shape == (2, 3, 4, env.horizon)
-    with pytest.raises(AssertionError), NothingFromTheHost():  # what it must not do is noticed
-        phi.new_tensor([1.0])
+def test_tasks_and_noise_of_a_device_are_a_cpus_to_rounding(name, device):
+    ours, env = stream([1, 2], 0, epoch=3), ENVS[name]
+    theirs = envs.Stream(*(torch.from_numpy(x).to(device) for x in ours))
+    pairs = [(envs.sample_tasks(env, x, 3), draw_noise(env, x, range(3), 2)) for x in (ours, theirs)]
+    (phi, noise), (phi_there, noise_there) = pairs
+    torch.testing.assert_close(phi_there.cpu(), torch.from_numpy(phi))
+    for key, x in noise_there.items():
+        torch.testing.assert_close(x.cpu(), torch.from_numpy(noise[key]), rtol=1e-4, atol=1e-5)
 
 
-# --- randomness ---
-
-
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
-)
-def test_a_runs_numbers_depend_on_its_seed_and_stream_alone(device):
-    def draw(seeds, *stream):
-        return draw_noise(CARTPOLE, envs.on_device(generators(seeds, *stream), device), 2, 2)
+def test_a_runs_noise_depends_on_its_seed_purpose_epoch_and_call_alone():
+    def draw(seeds, *stream_of, call=1):
+        return draw_noise(CARTPOLE, stream(seeds, *stream_of), range(2), 2, call)
 
     together, alone = draw([1, 2, 3], 1, 7), draw([2], 1, 7)
-    assert all(x.device.type == device for x in alone.values())
-    assert all(torch.equal(together[key][1:2], alone[key]) for key in alone)
-    for other in (draw([2], 1, 8), draw([2], 2, 7), draw([3], 1, 7)):
-        assert not torch.equal(other["action"], alone["action"])
+    assert all((together[key][1:2] == alone[key]).all() for key in alone)
+    for other in (draw([2], 1, 8), draw([2], 2, 7), draw([3], 1, 7), draw([2], 1, 7, call=2)):
+        assert not (other["action"] == alone["action"]).any()
 
 
 def test_action_noise_is_gumbel_for_discrete_and_normal_for_box_actions():
-    gumbel = draw_noise(CARTPOLE, generators([0], 0), 20, 20)["action"]
-    assert gumbel.mean().item() == pytest.approx(0.5772, abs=0.02) and gumbel.var().item() == pytest.approx(
-        math.pi**2 / 6, abs=0.05
-    )
-    normal = draw_noise(ENVS["point"], generators([0], 0), 50, 50)["action"]
+    gumbel = noise_of(CARTPOLE, [0], 0, 20, 20)["action"]
+    assert gumbel.mean().item() == pytest.approx(0.5772, abs=0.02)
+    assert gumbel.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
+    normal = noise_of(ENVS["point"], [0], 0, 50, 50)["action"]
     assert normal.mean().item() == pytest.approx(0, abs=0.02) and normal.std().item() == pytest.approx(1, abs=0.02)
+    assert (normal.abs() < 1).float().mean().item() == pytest.approx(0.6827, abs=0.01)
 
 
 # --- tasks ---
@@ -323,7 +360,7 @@ def test_action_noise_is_gumbel_for_discrete_and_normal_for_box_actions():
 @pytest.mark.parametrize("name", BATCHED)
 def test_tasks_are_uniform_over_phi(name):
     env = ENVS[name]
-    phi = sample_tasks(env, generators([0], 0), 20_000)[0]
+    phi = tasks_of(env, [0], 0, 20_000)[0]
     low, high = torch.tensor(env.low), torch.tensor(env.high)
     assert (phi >= low).all() and (phi <= high).all()
     torch.testing.assert_close(phi.mean(0), (low + high) / 2, rtol=0.02, atol=0.02)
@@ -331,13 +368,14 @@ def test_tasks_are_uniform_over_phi(name):
 
 
 def test_medium_tasks():
-    rng = generators([0, 1], 0)
-    phi = sample_tasks(CARTPOLE, rng, 5)
-    assert torch.equal(medium_task(CARTPOLE, "mean", phi, rng), torch.full((2, 1, 1), 10.0))  # Eq. 3
-    torch.testing.assert_close(medium_task(CARTPOLE, "sampled", phi, rng), phi.sum(1, keepdim=True) / 5)  # Eq. 4
-    drawn = [medium_task(CARTPOLE, "random", phi, rng) for _ in range(2)]
-    assert drawn[0].shape == (2, 1, 1) and not torch.equal(*drawn)
-    assert torch.equal(medium_task(ENVS["point"], [0.1, 0.2], phi, rng), torch.tensor([[[0.1, 0.2]]] * 2))
+    phi = envs.sample_tasks(CARTPOLE, stream([0, 1], 0), 5)
+    drawing = stream([0, 1], 1)
+    assert (medium_task(CARTPOLE, "mean", phi, drawing) == np.full((2, 1, 1), 10.0)).all()  # Eq. 3
+    np.testing.assert_allclose(medium_task(CARTPOLE, "sampled", phi, drawing), phi.sum(1, keepdims=True) / 5)  # Eq. 4
+    drawn = [medium_task(CARTPOLE, "random", phi, stream([0, 1], 1, epoch)) for epoch in (0, 1)]
+    assert drawn[0].shape == (2, 1, 1) and not (drawn[0] == drawn[1]).any() and not (drawn[0] == phi[:, :1]).any()
+    both = medium_task(ENVS["point"], [0.1, 0.2], phi.repeat(2, 2), drawing)
+    np.testing.assert_allclose(both, [[[0.1, 0.2]]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -346,13 +384,13 @@ def test_medium_tasks():
 )
 def test_task_distributions_have_their_mean_and_shape(dist, mean, below_a_fifth):
     env = replace(CARTPOLE, task_dist=dist)
-    share = (sample_tasks(env, generators([1], 0), 40_000) - 5) / 10
+    share = (tasks_of(env, [1], 0, 40_000) - 5) / 10
     assert share.min() >= 0 and share.max() <= 1
     assert share.mean().item() == pytest.approx(mean, abs=0.01)
     assert (share < 0.2).float().mean().item() == pytest.approx(below_a_fifth, abs=0.01)
     if dist == "bimodal":
         assert not ((share > 0.2) & (share < 0.8)).any()
-    assert medium_task(env, "mean", torch.zeros(1, 1, 1), None).item() == pytest.approx(5 + 10 * mean)
+    assert medium_task(env, "mean", np.zeros((1, 1, 1)), stream([1], 0)).item() == pytest.approx(5 + 10 * mean)
 
 
 def test_the_geometric_median_has_the_least_sum_of_distances_and_in_one_dimension_is_the_median():
@@ -414,7 +452,7 @@ def plain_loop(env_id, attribute, value, seed, actions):
 )
 def test_a_rollout_is_a_plain_loop_over_gymnasium(name, options, env_id, attribute, sign, values):
     env = make(name, horizon=250, **options)
-    noise = draw_noise(env, generators([3], 0), len(values), 2)
+    noise = noise_of(env, [3], 0, len(values), 2)
 
     def act(obs, noise):
         return noise.argmax(-1) if isinstance(env.actions, int) else noise
@@ -444,7 +482,7 @@ def test_gravity_beyond_what_the_constructor_asserts_works_and_matters():
     with pytest.raises(AssertionError):
         gymnasium.make("LunarLander-v3", gravity=-15.0)
     env = make("lunarlander", horizon=30)
-    noise = draw_noise(env, generators([0], 0), 1, 1)
+    noise = noise_of(env, [0], 0, 1, 1)
     noise = {key: x.expand(-1, 3, *x.shape[2:]) for key, x in noise.items()}
     batch = rollout(
         env, lambda obs, noise: torch.zeros(3, 1, dtype=torch.long), torch.tensor([[[5.0], [10.0], [15.0]]]), noise
@@ -458,7 +496,7 @@ def test_actions_that_are_not_numbers_end_no_environment():
     box = ((-1.0,) * 4, (1.0,) * 4)
     walker = Gymnasium("BipedalWalker-v3", ("hardcore",))
     env = replace(FAMILIES["lunarlander"], dynamics=walker, actions=box, horizon=5)
-    noise, phi = draw_noise(env, generators([0], 0), 2, 1), sample_tasks(env, generators([0], 1), 2)
+    noise, phi = noise_of(env, [0], 0, 2, 1), tasks_of(env, [0], 1, 2)
     batch = rollout(env, lambda obs, noise: torch.full_like(noise, math.nan), phi, noise)
     assert batch["mask"].all() and batch["rewards"].isfinite().all() and batch["actions"].isnan().all()
 
@@ -466,7 +504,7 @@ def test_actions_that_are_not_numbers_end_no_environment():
 def test_several_parameters_are_a_vector_phi():
     env = make("Pendulum-v1", names=["g", "l"], bounds=[5, 15, 0.5, 1.5])
     assert env.low == (5, 0.5) and env.high == (15, 1.5) and env.horizon == 200
-    assert sample_tasks(env, generators([0], 0), 4).shape == (1, 4, 2) and len(held_out_tasks(env)) == 36
+    assert tasks_of(env, [0], 0, 4).shape == (1, 4, 2) and len(held_out_tasks(env)) == 36
 
 
 @pytest.mark.parametrize(
@@ -528,7 +566,7 @@ def test_phi_observed_is_scaled_over_phi_at_the_end_of_every_observation_and_cha
     oracle = envs.with_phi_observed(env)
     assert oracle.obs_dim == 5
     phi = torch.tensor([[[5.0], [7.5], [15.0], [20.0]]])
-    noise = draw_noise(env, generators([0], 0), 4, 3)
+    noise = noise_of(env, [0], 0, 4, 3)
     if xp is np:
         phi, noise = phi.numpy(), {key: x.numpy() for key, x in noise.items()}
     seen = []
@@ -553,7 +591,7 @@ def test_phi_observed_reaches_gymnasium_environments_and_a_component_without_a_r
     oracle = envs.with_phi_observed(env)
     assert oracle.is_gymnasium and oracle.obs_dim == 5
     phi = np.array([[[5.0, 1.0], [12.5, 1.0]]], np.float32)
-    noise = {key: x.numpy() for key, x in draw_noise(env, generators([0], 0), 2, 2).items()}
+    noise = {key: x.numpy() for key, x in noise_of(env, [0], 0, 2, 2).items()}
     plain, got = (envs.rollout(x, lambda obs, noise: noise, phi, noise) for x in (env, oracle))
     assert np.array_equal(plain["obs"], got["obs"][..., :3]) and np.array_equal(plain["rewards"], got["rewards"])
     assert (got["obs"][0, 0, ..., 3] == -1).all() and (got["obs"][0, 1, ..., 3] == 0.5).all()

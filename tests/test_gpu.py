@@ -3,39 +3,36 @@
 import pytest
 import torch
 
-import run
 from bench import gpu
 
-
-def test_every_part_passes_on_the_cpu_and_is_in_the_file(tmp_path):
-    gpu.main(["--device", "cpu", "--small", "--out", str(tmp_path / "gpu.md")])
-    text = (tmp_path / "gpu.md").read_text()
-    assert "No check failed" in text and "FAILED" not in text
-    sections = text.split("\n## ")[1:]
-    assert [section.split("\n")[0] for section in sections] == list(gpu.PARTS)
-    assert all(f"| {name} |" in sections[1] for name in gpu.FAMILIES)
-    assert "| 1 |" in sections[2] and "| 16 |" in sections[2]
+SLOW = ("Tests that need CUDA", "A whole command", "All cores", "JAX")  # which start Python anew
 
 
-def test_a_failed_part_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
-    def differs(device, small, left):
-        """Never agrees."""
-        raise gpu.CheckError("by 0.1")
+@pytest.mark.parametrize("name", [name for name in gpu.PARTS if name not in SLOW])
+def test_a_part_passes_on_the_cpu(name, capfd, monkeypatch):
+    monkeypatch.setattr(gpu, "ALGORITHMS", ("maml++", "directed-sharp-maml", "imaml"))
+    try:
+        gpu.main(["--device", "cpu", "--small", "--part", name])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert capfd.readouterr().out
 
-    def breaks(device, small, left):
-        """Raises."""
-        raise run.RunError("no")
 
-    def agrees(device, small, left):
-        """Agrees."""
-        return "all is well"
-
-    monkeypatch.setattr(gpu, "PARTS", {"First": differs, "Second": breaks, "Third": agrees})
+def test_a_part_that_fails_or_takes_too_long_is_named_and_what_it_printed_kept(tmp_path, monkeypatch, capsys):
+    ends = {"First": ("| a row |", "by 0.1"), "Second": ("", "not done after 5 s"), "Third": ("all is well", "")}
+    monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(ends, (gpu.check_checkpoints, 5)))
+    monkeypatch.setattr(gpu, "run_part", lambda name, words, seconds: ends[name])
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--device", "cpu", "--small", "--out", str(tmp_path / "gpu.md")])
     text = (tmp_path / "gpu.md").read_text()
     assert stop.value.code == 1 and "Failed: First, Second." in capsys.readouterr().out
-    assert "by 0.1" in text and "RunError" in text and "all is well" in text
+    assert all(x in text for x in ("| a row |", "by 0.1", "not done after 5 s", "all is well"))
+
+
+def test_a_part_has_a_process_of_its_own_and_a_time_limit():
+    out, why = gpu.run_part("A checkpoint moved there and back", ["--device", "nowhere"], 60)
+    assert out == "" and "--device" in why
+    assert gpu.run_part("A checkpoint moved there and back", ["--device", "cpu"], 0.01)[1].startswith("not done after")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

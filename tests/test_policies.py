@@ -10,12 +10,14 @@ import torch
 import maml
 import policies
 from policies import ESTIMATORS, LOSSES, Categorical, Gaussian, discounted_sums, surrogate, whiten
+from tests.noise import uniform_of
 
 S, M, K, H, D = 2, 3, 4, 6, 5
 
 
 def seeded(count=S):
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+    """What draws the parameters of runs 0, 1, .."""
+    return uniform_of(range(count))
 
 
 def in_double(params):
@@ -98,7 +100,7 @@ def test_gaussian_is_torchs():
 
 def test_gumbel_noise_makes_actions_as_frequent_as_softmax_says():
     logits = torch.tensor([[[1.0, 0.0, -1.0]]])
-    noise = -torch.empty(1, 100_000, 3).exponential_(generator=seeded()[0]).log()
+    noise = -torch.empty(1, 100_000, 3).exponential_(generator=torch.Generator().manual_seed(0)).log()
     actions = Categorical(3).sample({}, logits, noise)
     counts = torch.bincount(actions.flatten(), minlength=3) / 100_000
     torch.testing.assert_close(counts, logits.softmax(-1)[0, 0], atol=0.006, rtol=0)  # 4 standard errors
@@ -179,14 +181,14 @@ def test_ac_bootstraps_truncated_episodes_and_not_terminated_ones(terminated):
     logs = policies.log_probs(params, batch, head)
     value_loss = 0.5 * (advantages**2).sum((2, 3)) / mask.sum((2, 3))  # (V − (V + A))²
     expected = surrogate(logs, whiten(advantages, mask), mask, "lvc") + value_loss
-    torch.testing.assert_close(policies.ac(params, batch, head, gamma, "lvc", gae_lambda=gae_lambda), expected)
+    torch.testing.assert_close(policies.loss(params, batch, head, "ac", gamma, "lvc", gae_lambda=gae_lambda), expected)
 
 
 def test_pg_is_the_formula_written_as_loops():
     head = Categorical(3)
     theta, params, batch = example(head)
     logs, mask = policies.log_probs(params, batch, head), batch["mask"]
-    got = policies.pg(params, batch, head, 0.9, "naive")
+    got = policies.loss(params, batch, head, "pg", 0.9, "naive")
     for s, i in itertools.product(range(S), range(M)):
         to_go = {}
         for k in range(K):
@@ -216,7 +218,7 @@ def test_padding_contributes_exactly_zero_to_loss_and_gradients(name, estimator,
         padded["rewards"] = batch["rewards"] + garbage * behind
         if name == "gaussian":
             padded["actions"] = batch["actions"] + garbage * behind.unsqueeze(-1)
-        loss = LOSSES[rl](params, padded, head, 0.9, estimator, gae_lambda=0.8)
+        loss = policies.loss(params, padded, head, rl, 0.9, estimator, gae_lambda=0.8)
         results.append([loss, *torch.autograd.grad(loss.sum(), list(theta.values()))])
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty) and clean.isfinite().all()
@@ -228,7 +230,7 @@ def test_a_longer_padding_changes_nothing(rl):
     longer = dict(batch)
     for key in ("obs", "actions", "rewards", "mask"):
         longer[key] = torch.cat([batch[key], torch.zeros_like(batch[key])], 3)
-    losses = [LOSSES[rl](params, b, HEADS["categorical"], 0.9, "dice", gae_lambda=0.8) for b in (batch, longer)]
+    losses = [policies.loss(params, b, HEADS["categorical"], rl, 0.9, "dice", gae_lambda=0.8) for b in (batch, longer)]
     torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
 
 
@@ -236,11 +238,11 @@ def test_a_longer_padding_changes_nothing(rl):
 def test_runs_and_tasks_do_not_touch_each_other(rl):
     head = HEADS["gaussian"]
     theta, params, batch = example(head)
-    loss = LOSSES[rl](params, batch, head, 0.9, "lvc", gae_lambda=0.8)
+    loss = policies.loss(params, batch, head, rl, 0.9, "lvc", gae_lambda=0.8)
     for s, i in itertools.product(range(S), range(M)):
         one = {key: x[s : s + 1, i : i + 1] for key, x in batch.items()}
-        alone = LOSSES[rl](
-            {key: p[s : s + 1, i : i + 1] for key, p in params.items()}, one, head, 0.9, "lvc", gae_lambda=0.8
+        alone = policies.loss(
+            {key: p[s : s + 1, i : i + 1] for key, p in params.items()}, one, head, rl, 0.9, "lvc", gae_lambda=0.8
         )
         torch.testing.assert_close(loss[s, i], alone[0, 0], rtol=1e-12, atol=1e-12)
 
@@ -250,7 +252,7 @@ def test_estimators_share_loss_gradient_exactly(rl):
     theta, params, batch = example(HEADS["categorical"], critic=rl == "ac")
     grads = [
         torch.autograd.grad(
-            LOSSES[rl](params, batch, HEADS["categorical"], 0.9, e, gae_lambda=0.8).sum(), list(theta.values())
+            policies.loss(params, batch, HEADS["categorical"], rl, 0.9, e, gae_lambda=0.8).sum(), list(theta.values())
         )
         for e in ESTIMATORS
     ]
@@ -364,7 +366,7 @@ def test_gaussians_std_begins_at_one_with_slope_one_and_rises_smoothly_above_its
 
 @pytest.mark.parametrize("raw", [-9.0, -1.0, 0.0, 2.0])
 def test_gradients_and_hessians_of_the_gaussian_are_those_of_finite_differences(raw):
-    outputs, actions = torch.randn(2, 1, 7, 2, generator=seeded()[0], dtype=torch.float64)
+    outputs, actions = torch.randn(2, 1, 7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def log_prob(x):
         return Gaussian(2).log_prob({"policy.raw_std": x}, outputs, actions)
@@ -381,7 +383,7 @@ def test_gaussians_std_has_a_gradient_at_its_floor_in_float32():
 
 
 def test_numpy_and_torch_take_the_same_std_bit_for_bit():
-    raw = torch.randn(3, 5, 1, 2, generator=seeded()[0])
+    raw = torch.randn(3, 5, 1, 2, generator=torch.Generator().manual_seed(0))
     by_torch = Gaussian(2).std({"policy.raw_std": raw})
     by_numpy = Gaussian(2).std({"policy.raw_std": raw.numpy()}, numpy)
     assert by_numpy.dtype == numpy.float32 and torch.equal(by_torch, torch.from_numpy(by_numpy))
@@ -421,7 +423,9 @@ def tabular(mdp):
     def task_loss(estimator):
         def loss(params):  # of one task: (1, 1)
             all_paths = {name: p.expand(1, len(states), *p.shape[2:]) for name, p in params.items()}
-            losses = policies.pg(all_paths, trajectories, Categorical(ACTIONS), GAMMA, estimator, advantages="raw")
+            losses = policies.loss(
+                all_paths, trajectories, Categorical(ACTIONS), "pg", GAMMA, estimator, advantages="raw"
+            )
             weight = (params["policy.0.weight"] + params["policy.0.bias"])[0, 0].detach()
             return (probabilities(weight) * losses).sum(1, keepdim=True)
 
@@ -473,7 +477,9 @@ def test_raw_advantages_of_the_actor_critic_are_discounted_gae():
                 theta[name].zero_()
     actor = [p for name, p in theta.items() if name.startswith("policy")]
     grads = [
-        torch.autograd.grad(LOSSES[rl](params, batch, head, 0.9, "lvc", gae_lambda=1.0, advantages="raw").sum(), actor)
+        torch.autograd.grad(
+            policies.loss(params, batch, head, rl, 0.9, "lvc", gae_lambda=1.0, advantages="raw").sum(), actor
+        )
         for rl in LOSSES
     ]
     for by_pg, by_ac in zip(*grads, strict=True):
@@ -485,7 +491,8 @@ def test_raw_advantages_of_the_actor_critic_are_discounted_gae():
 
 def test_the_linear_baseline_is_a_ridge_regression_on_the_other_trajectories_of_the_task():
     _, _, batch = example(Categorical(3))
-    obs, mask, x = 8 * batch["obs"], batch["mask"], torch.randn(S, M, K, H, generator=seeded()[0]).double()
+    obs, mask = 8 * batch["obs"], batch["mask"]
+    x = torch.randn(S, M, K, H, generator=torch.Generator().manual_seed(0)).double()
     got = policies.linear_baseline(x, mask.double(), obs)
     clipped = 0
     for s, i, k in itertools.product(range(S), range(M), range(K)):
@@ -570,7 +577,7 @@ def test_baselines_over_trajectories_refuse_a_single_one(baseline):
 
 def test_a_run_that_is_not_finite_leaves_the_linear_baseline_of_the_others_alone():
     _, _, batch = example(Categorical(3))
-    x, mask = torch.randn(S, M, K, H, generator=seeded()[0]).double(), batch["mask"].double()
+    x, mask = torch.randn(S, M, K, H, generator=torch.Generator().manual_seed(0)).double(), batch["mask"].double()
     alone = policies.linear_baseline(x[1:], mask[1:], batch["obs"][1:])
     x[0, 0, 0, 0] = math.nan
     assert torch.equal(policies.linear_baseline(x, mask, batch["obs"])[1:], alone)

@@ -9,6 +9,7 @@ import torch
 import envs
 import maml
 import policies
+from tests.noise import noise_of, tasks_of, uniform_of
 
 CASES = range(20)
 
@@ -22,7 +23,7 @@ def case(seed):
     rl, learner = rng.choice(list(policies.LOSSES)), rng.choice(list(maml.META_LEARNERS))
     options = {"estimator": rng.choice(policies.ESTIMATORS), "baseline": rng.choice(policies.BASELINES), "gamma": 0.9}
     K += K == 1 and options["baseline"] != "task"  # the other baselines compare trajectories
-    theta = policies.init(D, head, envs.generators(range(S), seed), hidden, critic=rl == "ac")
+    theta = policies.init(D, head, uniform_of(range(seed, seed + S)), hidden, critic=rl == "ac")
     theta = {name: p.detach().double().requires_grad_() for name, p in theta.items()}
     mask = torch.arange(H) < torch.randint(1, H + 1, (S, M, K, 1), generator=g)
     if isinstance(head, policies.Categorical):
@@ -37,7 +38,7 @@ def case(seed):
         "last_obs": torch.randn(S, M, K, D, generator=g, dtype=torch.float64),
         "terminated": torch.rand(S, M, K, generator=g) < 0.5,
     }
-    return rng, theta, batch, partial(policies.LOSSES[rl], head=head, **options), learner
+    return rng, theta, batch, partial(policies.loss, head=head, rl=rl, **options), learner
 
 
 def meta_gradient(theta, batch, loss, learner, alpha=0.1):
@@ -120,11 +121,11 @@ def test_a_rollout_of_any_part_is_that_part_of_the_rollout(seed):
     M, K = rng.randint(1, 4), rng.randint(1, 4)
     discrete = isinstance(env.actions, int)
     head = policies.Categorical(env.actions) if discrete else policies.Gaussian(env.action_dim)
-    theta = policies.init(env.obs_dim, head, envs.generators(seeds, 0), [4])
+    theta = policies.init(env.obs_dim, head, uniform_of(seeds), [4])
     theta = {name: p.double() for name, p in theta.items()}
-    noise = envs.draw_noise(env, envs.generators(seeds, 1), M, K)
+    noise = noise_of(env, seeds, 1, M, K)
     noise = {key: x.double() for key, x in noise.items()}
-    phi = envs.sample_tasks(env, envs.generators(seeds, 2), M).double()
+    phi = tasks_of(env, seeds, 2, M).double()
     order = rng.sample(range(M), M)
     run = rng.randrange(len(seeds))
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.func import functional_call, vmap
 
-import report
 import run
 import settings
 from maml import maml
@@ -58,7 +57,7 @@ def test_the_commands_of_use_run_in_order(used, capsys):
     assert (used / "runs/Pendulum-v1-pg/fomaml/seed1/eval.csv").exists()
     assert (used / "runs/cartpole-pg/maml/seed1/watch-12.gif").exists()
     assert (used / "runs/cartpole-pg/report.md").exists()
-    report.main([str(used / "runs/cartpole-pg")])
+    run.main(["--report", str(used / "runs/cartpole-pg")])
 
 
 def test_a_trained_run_is_used_as_the_readme_says(used, monkeypatch):

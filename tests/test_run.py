@@ -9,12 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import measures
-import parallel
 import policies
 import run
 import settings
-from bench.gpu import same_noise
+from harness import measures, optimizers
 from harness.checkpoints import TABLES, Run
 from settings import ALGORITHMS, ALL_SETTINGS
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
@@ -193,14 +191,14 @@ def test_algorithms_that_train_at_once_need_their_memory_together(tmp_path, caps
     need = 4 * 2 * 5 * (2 * (4 * 1000 + 1000 * 2) + 3 * (1000 + 2))
     words = ["--hidden", 1000, "--tasks", 5, "--trajectories", 1, "--horizon", 1, "--seed", 1, 2]
     for workers, algos, have in ((1, 1, need), (1, 2, need), (2, 1, need), (2, 2, 2 * need)):
-        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have - 1)
+        monkeypatch.setattr(settings, "memory", lambda device, have=have: have - 1)
         out = tmp_path / f"{workers}-{algos}"
         algo = " ".join(["maml", "fomaml"][:algos])
         assert "this needs" in refused(capsys, out, *words, "--workers", workers, algo=algo)
-        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have)
+        monkeypatch.setattr(settings, "memory", lambda device, have=have: have)
         settings.check_memory(args := settings.parse(full(words, workers, algo)), settings.make_env(args), "cpu")
     settings.check_memory(args, settings.make_env(args), "cpu")
-    monkeypatch.setattr(parallel, "memory", lambda device: need)
+    monkeypatch.setattr(settings, "memory", lambda device: need)
     settings.check_memory(args, settings.make_env(args), "cuda")  # one process, one algorithm at a time
 
 
@@ -299,12 +297,13 @@ def test_env_steps_count_what_was_sampled(tmp_path):
 # --- steps ---
 
 
-@pytest.mark.parametrize(("ours", "torchs"), [(run.SGD, torch.optim.SGD), (run.Adam, torch.optim.Adam)])
+@pytest.mark.parametrize(("ours", "torchs"), [(optimizers.SGD, torch.optim.SGD), (optimizers.Adam, torch.optim.Adam)])
 def test_the_beta_step_of_every_run_is_torchs_with_that_runs_beta(ours, torchs):
     betas, g = torch.tensor([0.1, 0.003], dtype=torch.float64), torch.Generator().manual_seed(0)
     theta, gradients = torch.randn(2, 1, 3, 4, generator=g), torch.randn(3, 2, 1, 3, 4, generator=g)
     together = theta.clone()
-    optimizer = ours([together], [betas])
+    moments = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(2, 1, 3, 4), "exp_avg_sq": torch.zeros(2, 1, 3, 4)}
+    optimizer = ours([together], [betas], {0: moments})
     for gradient in gradients:
         together.grad = gradient
         optimizer.step()
@@ -347,9 +346,8 @@ def test_meta_sgds_alpha_has_a_step_of_its_own(tmp_path):
 
 def test_delta_decays_as_one_over_one_plus_a_hundredth_of_the_epoch():
     """δ_t = δ / (1 + t / 100), t epochs done; one δ for each run."""
-    runs = [Run(None, {"delta": delta}, {"totals": {"converged": False}}) for delta in (0.1, 0.3)]
-    batch = SimpleNamespace(runs=runs, settings={"delta_schedule": "decay"}, epoch=50)
-    assert run.scheduled_delta(batch).tolist() == pytest.approx([0.1 / 1.5, 0.3 / 1.5])
+    settings = {"delta": 0.1, "delta_schedule": "decay"}
+    assert run.scheduled_delta(Run(None, settings, {"epoch": 50})) == pytest.approx(0.1 / 1.5)
 
 
 def test_delta_ends_at_convergence_for_each_run_by_itself(tmp_path):
@@ -458,11 +456,12 @@ def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resumin
 def test_a_loss_that_is_not_finite_stops_its_run_though_the_parameters_are(tmp_path, capsys, monkeypatch):
     """An infinite loss of run 2 alone, whose gradient is zero."""
 
-    def pg(params, trajectories, **options):
-        loss = policies.pg(params, trajectories, **options)
+    def loss(params, trajectories, **options):
+        loss = shipped(params, trajectories, **options)
         return loss + torch.tensor([0.0, float("inf")])[:, None] if len(loss) == 2 else loss
 
-    monkeypatch.setitem(policies.LOSSES, "pg", pg)
+    shipped = policies.loss
+    monkeypatch.setattr(policies, "loss", loss)
     with pytest.raises(SystemExit):
         train(tmp_path, "--seed", 1, 2, "--workers", 1, epochs=1)
     error = capsys.readouterr().err
@@ -482,8 +481,7 @@ def test_cuda_agrees_with_the_cpu_and_checkpoints_move_between_them(tmp_path, en
     torch.set_default_dtype(torch.float64)
     try:
         for device in ("cpu", "cuda"):
-            with same_noise():
-                train(tmp_path / device, "--device", device, "--rl", rl, env=env, algo="directed-maml", epochs=3)
+            train(tmp_path / device, "--device", device, "--rl", rl, env=env, algo="directed-maml", epochs=3)
             (log,) = (tmp_path / device).rglob("log.csv")
             logs.append(rows(log))
         train(tmp_path / "cuda", "--device", "cpu", "--rl", rl, "--resume", env=env, algo="directed-maml", epochs=4)

@@ -26,7 +26,8 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
         for setting, entry in zip(settings, entries, strict=True):
             assert setting.help in entry
             assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
-            always_given = setting.name in ("env", "algo", "param", "values", "watch", "like") or setting.type is bool
+            required = ("env", "algo", "param", "values", "watch", "report", "like")
+            always_given = setting.name in required or setting.type is bool
             assert ("(default " in entry) != always_given, entry
 
 
@@ -45,7 +46,7 @@ def test_the_examples_of_help_are_accepted():
             if key != name
             for word in ("--" + key.replace("_", "-"), *value.split())
         ]
-        if setting.type is not bool and name != "like":  # which must exist
+        if setting.type is not bool and name not in ("like", "report"):  # what must exist; what stands alone
             parse([*words, setting.flag, *setting.example.split()])
 
 

@@ -1,0 +1,102 @@
+"""Where tensors are, and an epoch that is one CUDA graph, whose rollouts' steps are compiled."""
+
+import math
+import os
+import sys
+
+import torch
+
+from harness.checkpoints import RunError
+
+WARM_UP = 3  # epochs before a recording: they compile, and libraries allocate what they need
+# Products by Triton, which take the bias and the activation into their kernel: measured faster for 1 and for 256 runs.
+OPTIONS = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON"}
+
+
+def choose_device(name, env):
+    """The device for --device `name`: auto is cuda where there is one, but cpu for gymnasium's environments."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() and not env.is_gymnasium else "cpu"
+    return name
+
+
+def memory(device="cpu"):
+    """Bytes of memory that this machine, or its CUDA device, has; infinity where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def step_compiler(device):
+    """torch.compile for a rollout's time step; None, and one line, where it does not work: no Triton, no C compiler."""
+    if device != "cuda":
+        return None
+    try:
+        compiled(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # whatever a compiler may raise
+        say("a rollout's step is not compiled, so rollouts are slower", error)
+        return None
+    return compiled
+
+
+def compiled(step):
+    """A time step as one compiled function for each shape. torch caches the code on the disk for the next command."""
+    # one shape for the tasks, one each for the medium task, the evaluation and what is left when a run has failed
+    torch._dynamo.config.recompile_limit = 64
+    options = OPTIONS if torch.cuda.is_available() else None
+    return torch.compile(step, dynamic=False, options=options)
+
+
+class Recorded:
+    """A function of a batch as one CUDA graph: its kernels then run without Python between them.
+
+    The function must change tensors in place and ask nothing of the host. Its first calls are real ones; then it is
+    recorded, and replayed from there on; for another batch, or other switches, anew. On a CPU, under several ranks and
+    where recording fails it is called as it is.
+    """
+
+    def __init__(self, function):
+        self.function, self.fixed = function, None
+        self.calls, self.graph, self.returned = 0, None, None
+
+    def __call__(self, batch):
+        if batch.device != "cuda":
+            return self.function(batch)
+        fixed = batch, batch.switches().get("second_order")  # what a recording cannot change
+        if fixed != self.fixed:
+            self.fixed, self.calls, self.graph, self.returned = fixed, 0, None, None
+        if self.calls == WARM_UP:
+            self.record(batch)
+        self.calls += 1
+        if self.graph is None:
+            return self.warm_up(batch) if self.calls <= WARM_UP else self.function(batch)
+        self.graph.replay()
+        return self.returned
+
+    def warm_up(self, batch):
+        """A real call on a stream of its own, as torch asks for before a recording."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            returned = self.function(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        return returned
+
+    def record(self, batch):
+        """Nothing is computed while it is recorded, so where that fails nothing has changed."""
+        if batch.ranks.count > 1:
+            return say("epochs are not recorded as a CUDA graph, since several ranks exchange gradients")
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.returned = self.function(batch)
+            self.graph = graph
+        except RuntimeError as error:
+            say("epochs run one by one, so more slowly: no CUDA graph can be recorded", error)
+
+
+def say(line, error=None):
+    reason = "" if error is None else f" ({type(error).__name__}: {str(error).strip().splitlines()[0][:150]})"
+    print(f"run.py: {line}{reason}", file=sys.stderr)
