@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,6 +57,7 @@ class Run:
     folder: Path
     settings: dict
     state: dict
+    before_flags: dict = field(default_factory=dict)  # settings that a checkpoint from before their flags stands for
     place: tuple | None = None  # the `identity` of its folder, once it is locked
 
 
@@ -353,7 +354,7 @@ def parts(x, depth=4):
 def check_settings(state, run):
     """Raises RunError where a checkpoint's settings are not those of this command's run."""
     for key, value in run.settings.items():
-        before = state["settings"].get(key)
+        before = state["settings"].get(key, run.before_flags.get(key))
         if json.dumps(before, default=repr, skipkeys=True) != json.dumps(value):  # as text: it may even be a tensor
             raise RunError(
                 f"{run.folder}: began with {key} {before}, this command says {value}; give {flag_of(key)} as before, "

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+import maml
 from harness.checkpoints import CHECKPOINT, FAILED
 from harness.gyms import FAMILIES
+from harness.settings import ALL_SETTINGS, default_of
 from harness.text import printable, setting_text
-from settings import ALL_SETTINGS, UNDIRECTED, default_of
 
-KNOWN = UNDIRECTED  # the learners, in the order of the lines and of their colours
+KNOWN = tuple(maml.LEARNERS)  # the learners, in the order of the lines and of their colours
 
 
 def is_compared(setting):

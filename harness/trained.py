@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 import envs
-import learners
 import maml
 import policies
 from envs import WATCH
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.errors import first_line
-from settings import ALL_SETTINGS
+from harness.settings import ALL_SETTINGS, before_flags, learner_of
 
 MOST_NUMBERS = 2**28  # of the episodes that one inner step samples
 
@@ -45,6 +44,7 @@ def load(folder, trusted_env=None):
         problem = f"{path}: runs the code of module {name!r}; if you trust it"
         raise RunError(f"{problem}, give --env {name!r} too, or in Python trusted_env={name!r}", 2)
     try:
+        settings = before_flags(settings, gyms.FAMILIES.get(name)) | settings
         check_settings(settings)
         env = gyms.family_of(settings)
         numbers = settings["trajectories"] * env.horizon * (env.obs_dim + env.action_dim)
@@ -75,7 +75,7 @@ def takes(setting, x):
     if setting.type is bool:
         return isinstance(x, bool)
     try:
-        return x in setting.choices if setting.choices else setting.type(str(x)) == x
+        return x in setting.words if setting.words else setting.type(str(x)) == x
     except ArgumentTypeError:
         return False
 
@@ -156,8 +156,8 @@ class Policy:
             def objective(params):
                 return self.loss(params, next(batches), head)
 
-        if self.settings.get("lambda_") is not None:
-            objective = learners.proximal(objective, theta, self.settings["lambda_"])  # iMAML
+        if learner_of(self.settings["algo"]).proximal:
+            objective = maml.proximal(objective, theta, self.settings["lambda_"])
         adapted = maml.adapt(theta, objective, self.alpha, steps, second_order=False)
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 

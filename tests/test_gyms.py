@@ -18,7 +18,7 @@ import run
 from envs import ArgumentError
 from harness import gyms, trained, watch
 from harness.gyms import make
-from settings import make_env, parse, plan
+from harness.settings import make_env, parse, plan
 from tests.commands import REPOSITORY, refused, rows, train
 from tests.noise import noise_of, tasks_of
 

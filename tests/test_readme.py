@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call, vmap
 
 import run
-import settings
+from harness import settings
 from maml import maml
 from tests.commands import REPOSITORY, SMALL
 

@@ -12,7 +12,7 @@ import policies
 import run
 from harness import trained, watch
 from harness.checkpoints import RunError
-from settings import make_env, parse
+from harness.settings import make_env, parse
 from tests.commands import rows, train
 from tests.test_checkpoints import changed, empty, hostile, saved, state_with
 
