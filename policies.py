@@ -151,9 +151,22 @@ class Gaussian:
         return outputs + self.std(params, xp) * noise
 
     def log_prob(self, params, outputs, actions):
+        return self.log_density(params, outputs, actions).sum(-1)
+
+    def log_density(self, params, outputs, actions):
+        """Of each dimension: (B, N, size)."""
         std = self.std(params)
         z = (actions - outputs) / std
-        return (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+    def censored_log_prob(self, params, outputs, actions):
+        """`log_prob` of actions after clipping to [−1, 1]: one at an end counts as all that is clipped to it."""
+        std = self.std(params)
+        inside = self.log_density(params, outputs, actions)
+        above = torch.special.log_ndtr((outputs - 1) / std)
+        below = torch.special.log_ndtr((-1 - outputs) / std)
+        logs = torch.where(actions >= 1, above, inside)
+        return torch.where(actions <= -1, below, logs).sum(-1)
 
     def distribution(self, params, outputs):
         """What `kl` compares: the means (B, N, size) and standard deviations (B, 1, size)."""

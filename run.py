@@ -21,28 +21,21 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 import numpy
 import torch
 
-import checkpoints
 import envs
 import maml
 import policies
-import trained
-from checkpoints import RunError
 from directed import directed
 from envs import EVALUATION, MEDIUM, TASKS
-from harness import processes, report
+from harness import checkpoints, processes, report, watch
+from harness.checkpoints import RunError
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
+from harness.errors import first_line
 from harness.log import Rows, fail, fetched, log_epoch, measure
 from harness.optimizers import OPTIMIZERS
 from harness.ranks import check_ranks
 from harness.sampling import open_sampler
-from harness.settings import (
-    check_memory,
-    folder_of_all,
-    learner_of,
-    make_env,
-    parse,
-)
+from harness.settings import check_memory, folder_of_all, learner_of, make_env, parse, with_family_defaults
 from harness.start import begin, new_runs
 
 NOTHING = contextlib.nullcontext()
@@ -54,12 +47,13 @@ def main(argv=None):
     with one_clear_line() as ranks:
         args = parse(argv)
         if args.watch is not None:
-            return print(trained.watch(args.watch, args.phi, args.env))
+            return print(watch.watch(args.watch, args.phi, args.env))
         if args.report is not None:
             return report.rewrite(args.report)
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
+        args = with_family_defaults(args, env)
         check_memory(args, env, choose_device(args.device, env))
         runs = new_runs(args, env)
         failures, stopped = train_all(runs, env, args, ranks)
@@ -402,7 +396,7 @@ def finish(failures, args):
     except OSError:
         raise
     except Exception as error:  # the training is good, whatever other runs did to the report
-        wrote, left_out = [], [f"{root}: the runs are good, but there is no report: {envs.first_line(error)}"]
+        wrote, left_out = [], [f"{root}: the runs are good, but there is no report: {first_line(error)}"]
     for line in left_out:
         print(f"run.py: {line}", file=sys.stderr)
     for line in [] if args.quiet else wrote:

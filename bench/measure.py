@@ -58,7 +58,7 @@ def endless(env):
         never = noise[..., 0] < 0
         return state, lambda state, action: (*step(state, action)[:2], never, never)
 
-    return env if env.in_workers else replace(env, dynamics=dynamics)
+    return env if env.is_gymnasium else replace(env, dynamics=dynamics)
 
 
 @contextlib.contextmanager

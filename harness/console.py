@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from checkpoints import RunError
+from harness.checkpoints import RunError
 from harness.processes import ProcessError
 from harness.ranks import Ranks
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from checkpoints import RunError
+from harness.checkpoints import RunError
 
 WARM_UP = 3  # epochs before a recording: they compile, and libraries allocate what they need
 # Products by Triton, which take the bias and the activation into their kernel: measured faster for 1 and for 256 runs.
@@ -18,7 +18,7 @@ def choose_device(name, env):
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() and not env.in_workers else "cpu"
+        return "cuda" if torch.cuda.is_available() and not env.is_gymnasium else "cpu"
     return name
 
 

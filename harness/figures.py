@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 
-from checkpoints import write_atomically
+from harness.checkpoints import write_atomically
 from harness.measures import CRITERIA, EMA, WINDOW, ema, first_passage, median_interval, spent
 from harness.runs import learner_order, title, values_of
 from harness.text import counted, printable, span, thousands

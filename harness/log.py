@@ -5,8 +5,7 @@ from collections import defaultdict
 
 import torch
 
-import checkpoints
-from harness import measures
+from harness import checkpoints, measures
 
 SECONDS = 1  # between two writes: opening the files of 256 runs takes longer than their epoch
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoints import RunError, locked, write_atomically
 from harness import figures
+from harness.checkpoints import RunError, locked, write_atomically
 from harness.measures import (
     CRITERIA,
     EMA,

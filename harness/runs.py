@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-import envs
 import maml
-from checkpoints import CHECKPOINT, FAILED
+from harness.checkpoints import CHECKPOINT, FAILED
+from harness.gyms import FAMILIES
 from harness.settings import ALL_SETTINGS, default_of
 from harness.text import printable, setting_text
 
@@ -85,7 +85,7 @@ def own_settings(config):
     So a run from before a setting existed, which has its default, is like one that gives the
     default.
     """
-    env, algo = envs.ENVS.get(config["env"]), config["algo"]
+    env, algo = FAMILIES.get(config["env"]), config["algo"]
     follows = following(config, env)
     own = {}
     for setting in COMPARED:

@@ -12,16 +12,18 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoints
 import envs
 import maml
 import policies
-from checkpoints import RunError
+from harness import checkpoints, gyms
+from harness.checkpoints import RunError
 from harness.device import memory
+from harness.errors import first_line, hint
+from harness.trial import check_tasks
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Setting:
     help: str  # {choices} stands for what it may be
     example: str = ""
     type: Callable = str  # of one value; bool: a switch
-    default: object = None  # where neither envs.ENVS nor maml.LEARNERS has another
+    default: object = None  # where neither gyms.FAMILIES nor maml.LEARNERS has another
     shown: str = ""  # the default in words, where it is no value
     nargs: str | None = None
     choices: tuple | Callable = ()  # the words it takes, or a function of them, for a table that grows
@@ -181,9 +183,12 @@ count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 
 # fmt: off
 SETTINGS = {
     "task": [
-        Setting("env", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param, --range", "cartpole"),
+        Setting("env", f"task family: {', '.join(gyms.FAMILIES)}, or any gymnasium id with --param, --range",
+                "cartpole"),
         Setting("param", "numbers of a gymnasium environment that are φ: attributes, paths such as "
                 "model.opt.gravity[2], or make.NAME, a keyword of its constructor", "g", nargs="+"),
+        Setting("make", "keywords for the constructor of a gymnasium environment, NAME=VALUE", "enable_wind=True",
+                shown="none", nargs="+"),
         Setting("range", "Φ: LOW HIGH for each component of φ", "5 15", number(float), None, "by env", "+"),
         Setting("values", "instead of --range: tasks φ one after the other, ρ is uniform over them", "0 1 2 5",
                 number(float), nargs="+"),
@@ -309,7 +314,7 @@ def shown_default(setting):
         return " ".join(map(show, x)) if isinstance(x, tuple) else f"{x:g}" if isinstance(x, float) else str(x)
 
     general = default_of(setting)
-    others = {name: default_of(setting, env) for name, env in envs.ENVS.items()}
+    others = {name: default_of(setting, env) for name, env in gyms.FAMILIES.items()}
     others |= {algo: default_of(setting, algo=algo) for algo in maml.LEARNERS}
     names = defaultdict(list)
     for name, value in others.items():
@@ -359,7 +364,7 @@ def parse(argv):
         parser.error(f"{unknown[0]}: {why}")
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
-        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
+        parser.error(f"{unknown[0]}: {hint(unknown[0], flags, 'those of --help')}")
     args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
     if args.like is not None:
         follow(args)
@@ -406,7 +411,7 @@ def settings_in(folder):
         given = {name: config[name] for name in names if config.get(name) is not None}
         return {name: value_of(ALL_SETTINGS[name], value) for name, value in given.items()}
     except (OSError, LookupError, TypeError, ValueError, RecursionError, argparse.ArgumentTypeError) as error:
-        raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
+        raise RunError(f"--like {folder}: {first_line(error)}; name the folder of a run", 2) from error
 
 
 def value_of(setting, value):
@@ -427,7 +432,7 @@ def one_of(choices):
 
     def parse(text):
         if text not in choices:
-            raise wrong(text, envs.hint(text, choices, ", ".join(choices)))
+            raise wrong(text, hint(text, choices, ", ".join(choices)))
         return text
 
     return parse
@@ -462,32 +467,28 @@ def applies(setting, args, algo):
 
 # --- plan: from the command line to runs ---
 
-ARGUMENTS = {"name": "--env", "names": "--param", "bounds": "--range"}  # envs.py's that are no flags
-
-
-def flag_of(match):
-    """An argument of envs.py that an error names, as a flag."""
-    return ARGUMENTS.get(match[1]) or ALL_SETTINGS[match[1]].flag
+FLAGS = {"name": "--env", "names": "--param", "bounds": "--range"}  # of arguments of gyms.make with other names
 
 
 def make_env(args):
-    """The task family with --param, --range, --horizon and --task-dist applied; fills in what depends on it alone."""
+    """The command line's task family, and its held-out tasks checked."""
     try:
-        env = envs.make(args.env, args.param, args.range, args.horizon, args.values)
+        env = gyms.family_of(vars(args))
         if args.eval_range is not None:
             envs.check_bounds("eval_range", args.eval_range, env.phi_names)
         grid = envs.held_out_tasks(env, args.eval_range, args.eval_values)
-        if env.in_workers and (args.eval_range or args.eval_values):
-            env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
-    except ValueError as error:
-        raise RunError(re.sub(r"`(\w+)`", flag_of, str(error)), 2) from error
-    for name in ("epochs", "threshold"):
-        if getattr(args, name) is None:
-            setattr(args, name, default_of(ALL_SETTINGS[name], env))
-    if args.delta_schedule == "converged" and args.threshold is None:
-        raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
-    env = replace(env, task_dist=args.task_dist or env.task_dist)
-    return envs.with_phi_observed(env) if args.oracle else env
+        if env.is_gymnasium and (args.eval_range or args.eval_values):
+            check_tasks(env, "eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
+    except envs.ArgumentError as error:
+        raise RunError(error.line(FLAGS.get(error.argument) or ALL_SETTINGS[error.argument].flag), 2) from error
+    return env
+
+
+def with_family_defaults(args, env):
+    """The command line with --epochs and --threshold as the task family has them, where they are not given."""
+    missing = [name for name in ("epochs", "threshold") if getattr(args, name) is None]
+    defaults = {name: default_of(ALL_SETTINGS[name], env) for name in missing}
+    return argparse.Namespace(**vars(args) | defaults)
 
 
 def plan(args, algo, env):
@@ -499,8 +500,12 @@ def plan(args, algo, env):
         value = default_of(setting, env, algo) if value is None else value
         value = list(value) if isinstance(value, tuple) else value
         settings[setting.name] = value if setting.kept or applies(setting, args, algo) else None
+    settings["threshold"] = default_of(ALL_SETTINGS["threshold"], env) if args.threshold is None else args.threshold
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
-    settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
+    if settings["delta_schedule"] != "converged":
+        settings["threshold"] = None
+    elif settings["threshold"] is None:
+        raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
     swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
@@ -571,9 +576,13 @@ def medium_of(args, env):
     """--medium as one of the words, or a φ as a list of numbers."""
     words = args.medium or default_of(ALL_SETTINGS["medium"])
     mean_in_list = words[0] == "mean" and tuple(envs.mean_task(env)) in env.values
-    if words[0] in ("mean", "sampled", "median") and not (envs.mixes(env) or mean_in_list):
+    if words[0] in ("mean", "sampled", "median") and env.values and not mean_in_list:
         remedy = "give --medium one of them, random or pooled"
-        raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
+        if not gyms.mixes(env):
+            raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
+        if args.medium is None:
+            problem = "--medium mean: the mean of --values is none of them, and may be no task"
+            raise RunError(f"{problem}; {remedy}, or mean where it is one", 2)
     if len(words) == 1 and words[0] in envs.MEDIUM_TASKS:
         return words[0]
     try:

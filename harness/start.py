@@ -8,11 +8,11 @@ import gymnasium
 import numpy
 import torch
 
-import checkpoints
 import envs
 import maml
 import policies
-from checkpoints import Run
+from harness import checkpoints
+from harness.checkpoints import Run
 from harness.settings import before_flags, learner_of, plan
 
 

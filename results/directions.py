@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
 import envs
 import maml
 import run
 from bench import measure
-from harness import report
+from harness import checkpoints, gyms, report
 from harness.text import markdown
 
 REPEATS, SEEDS = 60, range(1, 11)
@@ -67,7 +66,7 @@ def cosines(estimates):
 def main():
     lines = []
     for name in ENVS:
-        env = envs.make(name)
+        env = gyms.make(name)
         out = Path("runs/directions")
         folders = [out / f"{name}-pg/fomaml/seed{seed}" for seed in SEEDS]
         for epoch in EPOCHS:

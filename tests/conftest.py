@@ -6,9 +6,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 import pytest
 import torch
 
-from envs import make
 from harness import figures
-from tests.commands import SMALL, Command
+from harness.gyms import make
+from tests.commands import SMALL, Command, train
 from tests.noise import in_numpy, noise_of, tasks_of
 
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs
@@ -31,6 +31,16 @@ def no_fsync():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with runs of one epoch: CartPole by policy gradient; velocity by actor-critic and Meta-SGD; Pendulum."""
+    out = tmp_path_factory.mktemp("small")
+    train(out, epochs=1)
+    train(out, "--rl", "ac", "--horizon", 5, env="velocity", algo="meta-sgd", epochs=1)
+    train(out, "--param", "g", "--range", 5, 15, "--workers", 0, env="Pendulum-v1", epochs=1)
+    return out
 
 
 @pytest.fixture

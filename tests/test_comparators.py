@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import checkpoints
 import envs
 import policies
 import run
-import trained
+from harness import checkpoints, trained
 from harness.start import first_state
 from tests.noise import noise_of, rollout_of, tasks_of
 

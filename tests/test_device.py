@@ -14,7 +14,7 @@ from harness.log import Rows
 from harness.settings import algorithms, make_env, parse
 from harness.start import new_runs
 
-FAMILIES = [name for name, env in envs.ENVS.items() if not env.in_workers]
+FAMILIES = list(envs.ENVS)
 SIZES = ["--seed", "1", "2", "--tasks", "2", "--trajectories", "4", "--horizon", "5", "--hidden", "8"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 

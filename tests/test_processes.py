@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bench import torture
-from checkpoints import Run
 from harness import processes, sampling
+from harness.checkpoints import Run
 from harness.processes import share_out
 from harness.sampling import Workers
 from tests.commands import SMALL, rows, train, wait_for

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
-import checkpoints
 import envs
 import policies
 import run
+from harness import checkpoints
 from harness.start import first_state
 from tests.commands import refused, rows, train
 from tests.noise import noise_of, rollout_of, tasks_of

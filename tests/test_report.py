@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 
-import checkpoints
 import run
-from harness import measures, report
+from harness import checkpoints, measures, report
 from tests.commands import train
 from tests.test_runs import DAMAGES, change, write_evaluation, write_run
 

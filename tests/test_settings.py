@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import run
-import trained
-from checkpoints import RunError
+from harness import checkpoints, trained
+from harness.checkpoints import RunError
 from harness.settings import ALL_SETTINGS, DIRECTED, SETTINGS, applies, make_env, parse, plan
 from maml import LEARNERS
 from tests.commands import refused, rows, train
@@ -157,7 +157,7 @@ def test_a_run_from_before_a_flag_existed_has_its_default(tmp_path, capsys):
     state = torch.load(path)
     for name in ("optimizer", "oracle", "clip", "gae_lambda", "baseline", "delta_schedule", "rho"):
         del state["settings"][name]
-    torch.save(state, path)
+    path.write_bytes(checkpoints.packed(state))
     line = refused(capsys, tmp_path, *words, "--resume", "--optimizer", "adam", algo="directed-maml")
     assert "began with optimizer sgd, this command says adam; give --optimizer as before" in line
     train(tmp_path, *words, "--resume", "--optimizer", "sgd", algo="directed-maml", epochs=2)
@@ -171,6 +171,7 @@ TWICE, EVALUATED = ["--outer-steps", "2"], ["--eval-every", "1"]
 OTHER = {
     "env": ([], ["velocity"]),
     "param": (["--env", "Pendulum-v1", "--range", "1", "2", "--param", "g"], ["l"]),
+    "make": (["--env", "Pendulum-v1", "--range", "1", "2", "--param", "l"], ["g=5"]),
     "range": ([], ["-1", "0", "-1", "1"]),
     "values": ([], ["0", "0", "0.1", "0.1"]),
     "task_dist": ([], ["skewed"]),

@@ -5,13 +5,18 @@ are views of it for people and the report: rows are appended as training goes, a
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import stat
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from harness.errors import first_line
 
 try:
     import fcntl
@@ -30,6 +35,7 @@ TABLES = {  # the CSV files, and their columns
 RUN_FILES = [CHECKPOINT, PENDING, FAILED, "log.csv", "eval.csv", "config.json"]
 TENSORS = ("theta", "alpha", "optimizer")  # what of a state is stacked when runs train together
 REMEDY = "restore it, or start again with --overwrite"
+LARGEST = 2**32  # bytes of a file that is read
 
 
 class RunError(Exception):
@@ -52,6 +58,7 @@ class Run:
     settings: dict
     state: dict
     before_flags: dict = field(default_factory=dict)  # settings that a checkpoint from before their flags stands for
+    place: tuple | None = None  # the `identity` of its folder, once it is locked
 
 
 def flag_of(name):
@@ -93,6 +100,27 @@ def write_atomically(path, data):
     os.replace(temporary, path)
 
 
+def read_regular(path):
+    """The bytes of a file, or None where there is none. Raises RunError for what is no regular file, such as a FIFO,
+    which would be waited for without end, and for one that is too large."""
+    try:
+        with open(path, "rb", opener=without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RunError(f"{path}: not a regular file; {REMEDY}")
+            if status.st_size > LARGEST:
+                raise RunError(f"{path}: {status.st_size} bytes, more than {LARGEST}; {REMEDY}")
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}; {REMEDY}") from error
+
+
+def without_waiting(path, flags):
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither
+
+
 def csv_lines(rows):
     """Rows of None, words and numbers, floats to seven digits, as the text of a CSV file."""
     shown = [["" if x is None else f"{x:.7g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
@@ -101,6 +129,7 @@ def csv_lines(rows):
 
 def append_rows(run, table, rows):
     """Add rows to the end of log.csv or eval.csv."""
+    check_place(run)
     path = run.folder / f"{table}.csv"
     with named(path), open(path, "a", newline="") as file:
         file.write(csv_lines(rows))
@@ -117,59 +146,97 @@ def locked(folder, wait=False):
     if fcntl is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = lock(folder, wait)
+    while identity(os.fstat(descriptor)) != identity(os.stat(folder)):  # made anew while this process waited
+        os.close(descriptor)
+        descriptor = lock(folder, wait)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                f"{folder}: another process is training this run; wait for its end, or give another --out"
-            ) from error
-        except OSError:  # e.g. NFS, which wants the descriptor to be writable, and a folder's cannot be
-            pass
         yield
     finally:
         os.close(descriptor)
+
+
+def lock(folder, wait):
+    """A locked descriptor of the folder. Raises RunError where another process has the lock."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        problem = "another process is training this run; wait for its end, or give another --out"
+        raise RunError(f"{folder}: {problem}") from error
+    except OSError:  # e.g. NFS, which wants the descriptor to be writable, and a folder's cannot be
+        pass
+    return descriptor
+
+
+def identity(status):
+    """What tells a folder from another one of the same name: its number is not given again while it is locked."""
+    return status.st_dev, status.st_ino
+
+
+def check_place(run):
+    """Raises RunError where the run's folder is no longer the one that this command locked."""
+    if run.place not in (None, identity(os.stat(run.folder))):
+        problem = "the folder was deleted while this run trained, and another process made it anew"
+        raise RunError(f"{run.folder}: {problem}; this run is lost")
 
 
 @contextlib.contextmanager
 def opened(runs, resume, overwrite, epochs):
     """The runs' folders, locked for this process; with `resume` each run's state is that of its checkpoint.
 
-    Each run comes with the state that it begins with. Nothing is written before all are found good. Raises RunError for
-    a run that exists without `resume` or `overwrite`, is beyond `epochs`, has other settings, or a damaged checkpoint.
+    Each run comes with the state that it begins with. Nothing is written before all are found good, and then nothing of
+    what they replace is left: a crash before the last of them trains must not leave it for a later --resume. Raises
+    RunError for a run that exists without `resume` or `overwrite`, is beyond `epochs`, has other settings, or a damaged
+    checkpoint.
     """
+    for run in runs:
+        check_links(run)
     new = [run for run in runs if not run.folder.exists()]
     with contextlib.ExitStack() as locks:
         for run in runs:
             if run not in new:
                 locks.enter_context(locked(run.folder))
-                if not (resume or overwrite) and any((run.folder / name).exists() for name in RUN_FILES):
-                    raise RunError(
-                        f"{run.folder}: this run exists; give --resume to continue it, --overwrite to start again, or "
-                        "another --out", 2,
-                    )  # fmt: skip
+                if not (resume or overwrite):
+                    check_absent(run)
         saved = [read_checkpoint(run, CHECKPOINT) if resume else None for run in runs]
         for run, state in zip(runs, saved, strict=True):
             if state and state["epoch"] > epochs:
-                raise RunError(
-                    f"{run.folder}: is at epoch {state['epoch']} already; give --epochs {state['epoch']} or more", 2
-                )
+                epoch = state["epoch"]
+                raise RunError(f"{run.folder}: is at epoch {epoch} already; give --epochs {epoch} or more", 2)
         for run in new:
             run.folder.mkdir(parents=True)  # raises where another process has just made it
             locks.enter_context(locked(run.folder))
         for run, state in zip(runs, saved, strict=True):
-            run.state = state or run.state
+            run.state, run.place = state or run.state, identity(os.stat(run.folder))
         if resume:
             roll_forward(runs)
+        for run in runs:
+            for name in RUN_FILES if run.state["epoch"] == 0 else []:
+                (run.folder / name).unlink(missing_ok=True)
         yield
+
+
+def check_links(run):
+    """Raises RunError where the folder of a run, of its swept settings or of its algorithm is a link to elsewhere."""
+    for folder in (run.folder, *run.folder.parents):
+        if folder.is_symlink():
+            raise RunError(f"{folder}: a link to another folder; remove it, or give another --out", 2)
+        if folder.name == run.settings["algo"]:
+            return
+
+
+def check_absent(run):
+    if any((run.folder / name).exists() for name in RUN_FILES):
+        remedy = "give --resume to continue it, --overwrite to start again, or another --out"
+        raise RunError(f"{run.folder}: this run exists; {remedy}", 2)
 
 
 def begin(run, config, evaluated):
     """Make the run's folder ready for training from its state on. evaluated: the epochs at which an evaluation belongs;
     one off the schedule, at what was the last epoch, is not one that a longer run would have made."""
-    for name in RUN_FILES if run.state["epoch"] == 0 else [FAILED]:
-        (run.folder / name).unlink(missing_ok=True)
+    (run.folder / FAILED).unlink(missing_ok=True)
     write_atomically(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
     run.state["eval"] = [row for row in run.state["eval"] if row[0] in evaluated]
     for table, columns in TABLES.items():
@@ -183,11 +250,24 @@ def save(runs):
     """The checkpoints of runs that train together. All are complete beside their places before the first is put in its
     place, so that a crash in between never parts the runs: see `roll_forward`."""
     for run in runs:
-        data = io.BytesIO()
-        torch.save(run.state, data)
-        write_durably(run.folder / PENDING, data.getvalue())
+        check_place(run)
+        write_durably(run.folder / PENDING, packed(run.state))
     for run in runs:
         os.replace(run.folder / PENDING, run.folder / CHECKPOINT)
+
+
+def packed(state):
+    """The bytes of a checkpoint: as torch saves it, and a last line with the checksum of that, which torch ignores."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    return with_checksum(data.getvalue())
+
+
+def with_checksum(data):
+    return data + b"sha256 " + hashlib.sha256(data).hexdigest().encode() + b"\n"
+
+
+CHECKSUM_LENGTH = len(with_checksum(b""))
 
 
 def roll_forward(runs):
@@ -214,21 +294,61 @@ def read_checkpoint(run, name):
 
 
 def load(path):
-    """The state in a checkpoint file, or None where there is none. Runs no code of the file's: weights_only=True."""
-    if not path.exists():
+    """The state in a checkpoint file, or None where there is none. Runs no code of the file's: weights_only=True.
+
+    Raises RunError, and nothing else, whatever the file holds.
+    """
+    data = read_regular(path)
+    if data is None:
         return None
+    content = data[:-CHECKSUM_LENGTH]
+    if data != with_checksum(content):
+        problem = "its checksum is wrong: damaged, half-written, or of an earlier version of this program"
+        raise RunError(f"{path}: {problem}; {REMEDY}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        check_members(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        check_plain(state, len(content))
     except Exception as error:  # torch raises many kinds, all of which mean the same here
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:120]
         raise RunError(f"{path}: not a checkpoint that torch can read ({reason}); {REMEDY}") from error
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise RunError(f"{path}: not a checkpoint of this program; {REMEDY}")
     if str(state.get("format")) != str(FORMAT):  # as text: it may even be a tensor
         raise RunError(f"{path}: its format is {str(state.get('format'))[:40]}, this program's is {FORMAT}; {REMEDY}")
     return state
+
+
+def check_members(content):
+    """Raises ValueError where a zip file's members are larger than the file: compressed, or over one another."""
+    members = zipfile.ZipFile(io.BytesIO(content)).infolist()
+    if sum(member.file_size for member in members) > len(content):
+        raise ValueError("its parts are larger than the file")
+
+
+def check_plain(state, most):
+    """Raises ValueError where a state is not made of dicts, lists, words, numbers and ordinary tensors, or of more than
+    `most` of them: a list may stand in a file once and be in its state a million times."""
+    for count, part in enumerate(parts(state)):
+        plain = part is None or isinstance(part, (dict, list, tuple, str, float))
+        if isinstance(part, int):
+            plain = abs(part) < 10**100
+        elif torch.is_tensor(part):
+            plain = part.layout == torch.strided and not part.is_meta and not part.is_nested and part.is_contiguous()
+        if not plain:
+            raise ValueError(f"no run has this {type(part).__name__}")
+        if count > most:
+            raise ValueError("more parts than its bytes can hold")
+
+
+def parts(x, depth=4):
+    """x and all that is in it. Raises ValueError where that is deeper than so many levels, as in a cycle."""
+    yield x
+    if isinstance(x, (dict, list, tuple)):
+        if depth == 0:
+            raise ValueError("too deep")
+        for part in [*x, *x.values()] if isinstance(x, dict) else x:
+            yield from parts(part, depth - 1)
 
 
 def check_settings(state, run):
@@ -252,14 +372,14 @@ def check_layout(state, first, path):
         raise RunError(f"{path}: epoch is {state['epoch']}, expected at least 1; {REMEDY}")
     for table, columns in TABLES.items():
         for row in state[table]:
-            if not isinstance(row, list) or len(row) != len(columns) or not all(map(is_plain, row)):
+            if not isinstance(row, list) or len(row) != len(columns) or not all(map(is_cell, row)):
                 raise RunError(f"{path}: {str(row)[:40]} is no row of {','.join(columns)}; {REMEDY}")
     epochs = [row[0] for row in state["log"]]
     if len(epochs) != state["epoch"] or epochs != list(range(1, len(epochs) + 1)):
         raise RunError(f"{path}: its log does not hold epochs 1 to {state['epoch']}; {REMEDY}")
 
 
-def is_plain(x):
+def is_cell(x):
     return x is None or isinstance(x, (int, float)) or (isinstance(x, str) and set(x) <= set("0123456789+-.einfa "))
 
 

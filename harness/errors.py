@@ -1,0 +1,38 @@
+"""Words for what went wrong."""
+
+import difflib
+import os
+import sys
+import traceback
+
+
+def first_line(error):
+    return printable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def printable(text):
+    """The text without control characters, which a terminal would obey: they are shown as Python shows them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def hint(word, known, choices):
+    """What to say about an unknown word: the nearest known one, or else the choices."""
+    close = difflib.get_close_matches(word, known, 1, 0.7) or difflib.get_close_matches(word.lower(), known, 1, 0.7)
+    return f"did you mean {close[0]}?" if close else f"choose from {choices}"
+
+
+def with_place(error):
+    """`first_line` of an error of code that is not ours, with the file and line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{first_line(error)} ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})"
+
+
+said = set()
+
+
+def warn(text):
+    """Say it on standard error, once; of several ranks, the first does."""
+    if text not in said and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+    said.add(text)
