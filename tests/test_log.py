@@ -3,8 +3,8 @@
 import pytest
 
 import run
-from checkpoints import Run
 from harness import log
+from harness.checkpoints import Run
 from tests.commands import rows
 from tests.test_device import make_batch
 
