@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ class Run:
     folder: Path
     settings: dict
     state: dict
+    before_flags: dict = field(default_factory=dict)  # settings that a checkpoint from before their flags stands for
 
 
 def flag_of(name):
@@ -233,7 +234,7 @@ def load(path):
 def check_settings(state, run):
     """Raises RunError where a checkpoint's settings are not those of this command's run."""
     for key, value in run.settings.items():
-        before = state["settings"].get(key)
+        before = state["settings"].get(key, run.before_flags.get(key))
         if json.dumps(before, default=repr, skipkeys=True) != json.dumps(value):  # as text: it may even be a tensor
             raise RunError(
                 f"{run.folder}: began with {key} {before}, this command says {value}; give {flag_of(key)} as before, "

@@ -6,14 +6,10 @@ directed.py.
 """
 
 import contextlib
-import itertools
-import math
 import os
-import platform
 import shlex
 import sys
 import time
-from collections import defaultdict
 from functools import partial
 
 # Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
@@ -22,30 +18,34 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Read by torch's MKL: its products have the same bits wherever in memory, so in whatever batch, a matrix is.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-import gymnasium
 import numpy
 import torch
 
 import checkpoints
 import envs
-import learners
 import maml
 import policies
 import trained
-from checkpoints import Run, RunError
+from checkpoints import RunError
 from directed import directed
-from envs import EVALUATION, INIT, MEDIUM, TASKS
+from envs import EVALUATION, MEDIUM, TASKS
 from harness import processes, report
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
-from harness.log import Rows, fetched, log_epoch, measure
+from harness.log import Rows, fail, fetched, log_epoch, measure
 from harness.optimizers import OPTIMIZERS
 from harness.ranks import check_ranks
 from harness.sampling import open_sampler
-from settings import LEARNED_ALPHA, check_memory, folder_of_all, make_env, parse, plan
+from harness.settings import (
+    check_memory,
+    folder_of_all,
+    learner_of,
+    make_env,
+    parse,
+)
+from harness.start import begin, new_runs
 
 NOTHING = contextlib.nullcontext()
-BASES = maml.META_LEARNERS | {"imaml": learners.imaml}  # to which sharp- and directed- are put
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
 
@@ -96,17 +96,8 @@ def train_all(runs, env, args, ranks):
         trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
         samplers = min(workers // trainers, trajectories)  # for each trainer, if gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
-        failures = processes.run_jobs(work, share_out(runs, trainers), trainers, progress.update, signals)
+        failures = processes.run_jobs(work, processes.share_out(runs, trainers), trainers, progress.update, signals)
     return failures, signals
-
-
-def share_out(runs, count):
-    """The runs as jobs for `count` processes. A job is one batch: runs of one algorithm at the same epoch."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.settings["algo"], run.state["epoch"]].append(run)
-    parts = count // math.gcd(count, len(groups))  # the fewest that give all processes equally many jobs
-    return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
 
 
 def train_together(runs, tell, args, env, device, samplers, ranks):
@@ -136,6 +127,7 @@ def train(batch, epochs, eval_every, tell):
         finite = log_epoch(batch, measured, time.perf_counter() - start)
         stopping = batch.ranks.any(tell(batch.news()))
         if not all(finite):
+            batch.rows.append()
             failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
             batch = batch.only(finite)
         if batch and (batch.epochs_done % eval_every == 0 or batch.epochs_done == epochs):
@@ -162,13 +154,13 @@ def train_epoch(batch):
         losses = [medium_loss, task_loss]
     before = batch.position()
     # lines 4, 5: the δ-step, directed.py; 7 to 11: the inner steps and the meta-gradient, maml.py
-    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.switches())
+    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.learner_options)
     between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
     for _ in range(1, batch.settings["outer_steps"]):  # ProMP: more of them on the same trajectories
         # without the δ-step: it is a plain step, whose data are those of θ before it, and no ratio holds it back
         task_loss.replay()
-        batch.undirected(batch.theta, task_loss, batch.alpha, num_tasks, **batch.switches())
+        batch.undirected(batch.theta, task_loss, batch.alpha, num_tasks, **batch.learner_options)
         batch.optimizer.step()
     if adapted is not None:
         # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
@@ -230,7 +222,7 @@ class ReplayedLoss(TaskLoss):
         super().__init__(batch, purpose, phi, own)
         options = {key: batch.settings[key] for key in policies.OPTIONS if key != "estimator"}
         self.as_drawn = partial(policies.as_drawn, head=batch.head, **options)
-        self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.calls
+        self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.draws_per_gradient
         self.drawn, self.replays = [], None
 
     def replay(self):
@@ -280,7 +272,8 @@ def evaluate(batch):
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
-        objective = task_loss if batch.lambda_ is None else learners.proximal(task_loss, theta, batch.lambda_)
+        proximal = batch.learner.proximal
+        objective = maml.proximal(task_loss, theta, batch.learner_options["lambda_"]) if proximal else task_loss
         adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
@@ -291,15 +284,6 @@ def evaluate(batch):
             [batch.epochs_done, name, step, x]
             for name, by_step in zip(names, by_task, strict=True) for step, x in enumerate(by_step)
         ])  # fmt: skip
-
-
-def fail(batch, run):
-    """Mark a run as failed; returns the line that says so."""
-    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epochs_done}; "
-    line += "try a smaller --beta, --alpha or --delta"
-    if batch.ranks.rank == 0:
-        checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
-    return line
 
 
 # --- a batch of runs ---
@@ -319,9 +303,8 @@ class Batch:
         learned_alpha = {name: p.requires_grad_() for name, p in stacked["alpha"].items()}
         sizes = {
             name: torch.tensor([run.settings[name] or 0.0 for run in runs], dtype=torch.float64, device=device)
-            for name in ("alpha", "beta", "beta_alpha", "eval_alpha", "lambda_")
+            for name in ("alpha", "beta", "beta_alpha", "eval_alpha")
         }
-        self.lambda_ = None if self.settings["lambda_"] is None else sizes["lambda_"][:, None]
         self.alpha = learned_alpha or sizes["alpha"][:, None]  # (S, 1), or (S, 1, ...) each
         self.eval_alpha = (
             learned_alpha or torch.where(sizes["eval_alpha"] > 0, sizes["eval_alpha"], sizes["alpha"])[:, None]
@@ -329,12 +312,14 @@ class Batch:
         self.learned = [*self.theta.values(), *learned_alpha.values()]
         step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
         self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes, stacked["optimizer"])
-        self.calls = self.settings["inner_steps"] + 1 + self.settings["algo"].endswith("imaml")  # up to a query's
+        self.learner, self.schedules = learner_of(self.settings["algo"]), {}
+        names = () if self.learner.each_epoch else self.learner.settings
+        self.learner_options = {name: self.own_setting(name) for name in names}
+        self.draws_per_gradient = self.settings["inner_steps"] + self.learner.losses_after  # up to a query's
         self.meta_learner = self.undirected = self.make_meta_learner()
         if self.settings["delta"] is not None:
             self.delta = torch.zeros(len(runs), dtype=torch.float64, device=device)  # set before every epoch
             self.meta_learner = directed(self.undirected, self.delta)
-        self.step_weights = torch.zeros(self.settings["inner_steps"], dtype=torch.float64, device=device)  # MAML++'s
 
     @property
     def epochs_done(self):
@@ -345,30 +330,30 @@ class Batch:
 
     def make_meta_learner(self):
         """The one that --algo names, without the δ-step."""
-        settings, base = self.settings, self.settings["algo"].removeprefix("directed-")
-        meta_learner = partial(BASES[base.removeprefix("sharp-")], inner_steps=settings["inner_steps"])
-        if base == "imaml":
-            meta_learner = partial(meta_learner, lambda_=self.lambda_, cg_steps=settings["cg_steps"])
+        settings = self.settings
+        meta_learner = partial(self.learner.function, inner_steps=settings["inner_steps"])
         if settings["kl_penalty"]:
             meta_learner = penalised(meta_learner, settings["kl_penalty"])
-        meta_learner = self.ranks.share(meta_learner, self.learned, average=base == "reptile")
-        return learners.sharp(meta_learner, settings["rho"]) if base.startswith("sharp-") else meta_learner
+        meta_learner = self.ranks.share(meta_learner, self.learned, self.learner.averages)
+        return maml.sharp(meta_learner, settings["rho"]) if self.learner.sharp else meta_learner
+
+    def own_setting(self, name):
+        """A setting of this learner alone: a word or whole number, which is the same in all runs, or (S, 1)."""
+        values = [run.settings[name] for run in self.runs]
+        if not isinstance(values[0], float):
+            return values[0]
+        return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None]
 
     def set_schedules(self):
-        """What the host knows of the epoch to come: δ of each run, and MAML++'s weights of the inner steps."""
-        settings = self.settings
-        if settings["delta"] is not None:
+        """What the host knows of the epoch to come: δ of each run, and e.g. MAML++'s weights of the inner steps."""
+        if self.settings["delta"] is not None:
             self.delta.copy_(torch.tensor([scheduled_delta(run) for run in self.runs], dtype=torch.float64))
-        if settings["multi_step_epochs"] is not None:
-            weights = maml.multi_step_weights(settings["inner_steps"], self.epochs_done, settings["multi_step_epochs"])
-            self.step_weights.copy_(torch.tensor(weights, dtype=torch.float64))
-
-    def switches(self):
-        """What the meta-learner takes besides, in this epoch: MAML++'s order and weights of the inner steps."""
-        if self.settings["first_order_epochs"] is None:
-            return {}
-        second_order = self.epochs_done >= self.settings["first_order_epochs"]
-        return {"second_order": second_order, "step_weights": self.step_weights}
+        of_epoch = self.learner.each_epoch(self.settings, self.epochs_done) if self.learner.each_epoch else {}
+        for name, value in of_epoch.items():
+            if isinstance(value, list):  # in place: a recorded epoch reads the tensor of its recording
+                numbers = torch.tensor(value, dtype=torch.float64)
+                value = self.schedules.setdefault(name, torch.zeros_like(numbers, device=self.device)).copy_(numbers)
+            self.learner_options[name] = value
 
     def only(self, kept):
         """The batch of those runs alone for which `kept` holds; None where there are none."""
@@ -404,42 +389,6 @@ def scheduled_delta(run):
     if schedule == "decay":
         return delta / (1 + run.state["epoch"] / 100)
     return 0.0 if schedule == "converged" and run.state["totals"]["converged"] else delta
-
-
-def new_runs(args, env):
-    """All runs of a command, at their first state."""
-    planned = [pair for algo in args.algo for pair in plan(args, algo, env)]
-    return [Run(folder, settings, first_state(settings, env)) for folder, settings in planned]
-
-
-def first_state(settings, env):
-    """Where a run begins: the same θ for every algorithm with the same seed."""
-    stream, calls = envs.stream([settings["seed"]], INIT), itertools.count()
-
-    def uniform(*shape):
-        return torch.from_numpy(envs.uniform(stream, next(calls), range(1), shape))
-
-    head, critic = policies.make_head(env.actions), settings["rl"] in policies.CRITIC
-    theta = policies.init(env.obs_dim, head, uniform, settings["hidden"], critic)
-    alpha = {}
-    if settings["algo"].endswith(LEARNED_ALPHA):
-        steps = settings["inner_steps"] if settings["algo"].endswith("maml++") else None
-        alpha = maml.learned_alpha(theta, settings["alpha"], steps)
-    optimizer = {}
-    if settings["optimizer"] == "adam":
-        zeros = [torch.zeros_like(p) for p in (*theta.values(), *alpha.values())]
-        optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z.clone()} for i, z in enumerate(zeros)}
-    totals = {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": math.nan, "converged": False}
-    state = {"format": checkpoints.FORMAT, "settings": settings, "epoch": 0, "totals": totals, "log": [], "eval": []}
-    return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
-
-
-def begin(run, args, env, device, runs_in_batch):
-    """Make the run's folder ready, with everything that somebody needs to repeat the run in config.json."""
-    versions = {m.__name__: m.__version__ for m in (torch, gymnasium, numpy)} | {"python": platform.python_version()}
-    here = {"epochs": args.epochs, "eval_every": args.eval_every, "threshold": args.threshold, "device": device}
-    here |= {"phi_names": list(env.phi_names), "runs_in_batch": runs_in_batch, "versions": versions}
-    checkpoints.begin(run, run.settings | here, {args.epochs, *range(0, args.epochs, args.eval_every)})
 
 
 def finish(failures, args):

@@ -21,11 +21,11 @@ import torch
 
 import checkpoints
 import envs
-import learners
 import maml
 import policies
 from checkpoints import RunError
 from envs import WATCH
+from harness.settings import before_flags, learner_of
 
 
 def load(folder, trusted_env=None):
@@ -44,6 +44,7 @@ def load(folder, trusted_env=None):
     if isinstance(name, str) and ":" in name and name != trusted_env:
         raise RunError(f"{path}: runs the code of module {name}; if you trust it, give --env {name} too", 2)
     try:
+        settings = before_flags(settings, envs.ENVS.get(name)) | settings
         for key, least in (("horizon", 1), ("trajectories", 1), ("inner_steps", 0), ("seed", 0)):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ValueError(f"{key} is {settings[key]!r}")
@@ -116,8 +117,8 @@ class Policy:
             steps = len(episodes)
         theta = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
         objective = lambda params: self.loss(params, draw(params))  # noqa: E731
-        if self.settings.get("lambda_") is not None:
-            objective = learners.proximal(objective, theta, self.settings["lambda_"])  # iMAML
+        if learner_of(self.settings["algo"]).proximal:
+            objective = maml.proximal(objective, theta, self.settings["lambda_"])
         adapted = maml.adapt(theta, objective, self.alpha, steps, second_order=False)
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 

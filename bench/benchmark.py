@@ -31,7 +31,7 @@ import maml
 import run
 from bench import replay
 from bench.measure import Configuration, in_fresh_processes, measure, median_epoch, opened, profile, time_epoch
-from settings import ALGORITHMS
+from harness.settings import algorithms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PARTS = ("epoch", "reference", "jax", "cores", "scaling", "lunarlander", "profile")
@@ -357,7 +357,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, default=PARTS, help="which tables (default: all)")
     add("--env", nargs="+", choices=envs.ENVS, default=list(envs.ENVS), help="of the part epoch (default: all)")
-    add("--algo", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, help="of the part epoch (default: all)")
+    add("--algo", nargs="+", choices=algorithms(), default=algorithms(), help="of the part epoch (default: all)")
     add("--repeats", type=int, default=3, help="rounds (default 3)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default cpu)")
     add("--checkpoint", nargs="+", default=[], help="checkpoint.pt of LunarLander runs, to measure them too")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import envs
 import run
 from harness import figures
-from settings import ALL_SETTINGS, NEEDS
+from harness.settings import ALL_SETTINGS, applies, learner_of
 
 PENDULUM = envs.Env(("g",), (5.0,), (15.0,), 200, 3, ((-2.0,), (2.0,)), 1, None)  # what right_line knows of it
 # All small, since what is accepted is trained. Those that a setting's type accepts are right for it, others wrong.
@@ -84,8 +84,8 @@ def right_values(setting, rng, env):
         return []
     if setting.name == "device":
         return [rng.choice(["auto", "cpu"])]
-    if setting.choices:
-        return rng.sample(setting.choices, rng.randint(1, 2) if setting.nargs else 1)
+    if setting.words:
+        return rng.sample(setting.words, rng.randint(1, 2) if setting.nargs else 1)
     if setting.name in ("range", "eval_range"):
         return [str(x) for low, high in zip(env.low, env.high, strict=True) for x in (low, rng.choice([low, high]))]
     if setting.name in ("values", "eval_values"):
@@ -105,21 +105,19 @@ def right_line(rng):
     line = {"env": [name], "algo": right_values(ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
         line |= {"param": ["g"], "range": ["5", "15"]}
-    args = argparse.Namespace(rl=None, watch=None)
     chosen = [s for s in ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param")]
     for setting in chosen:
         if rng.random() < 0.25:
             line[setting.name] = right_values(setting, rng, env)
         elif setting.name in SMALL:
             line[setting.name] = [SMALL[setting.name]]
-        args.rl = line.get("rl", ["pg"])[0]
     for name, excluded in (("values", ("range", "task_dist")), ("eval_values", ("eval_range",))):
         for other in excluded if name in line else ():
             line.pop(other, None)
     if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
         line["inner_steps"] = ["1"]
-    inner = ("meta-sgd", "maml++", "reptile", "imaml")
-    if any(algo.endswith(inner) for algo in line["algo"]) and "0" in line.get("alpha", []):
+    needs_steps = not all(learner_of(algo).joint_training for algo in line["algo"])
+    if needs_steps and "0" in line.get("alpha", []):
         line["alpha"] = ["1"]  # α = 0 is joint training too
     if line["trajectories"] == ["1"]:  # too few for most baselines
         line["trajectories"] = ["2"]
@@ -127,22 +125,29 @@ def right_line(rng):
         line |= {"tasks": ["1"]}
     if line.get("outer_steps", ["1"]) != ["1"]:  # the one estimator with a likelihood ratio
         line["estimator"] = ["lvc"]
-    args.outer_steps = int(line.get("outer_steps", ["1"])[0])
-    args.advantages, args.inner_steps = line.get("advantages", [None])[0], int(line["inner_steps"][0])
+    args = namespace(line)
     for setting in chosen:  # a flag that does nothing is an error
-        needed = NEEDS.get(setting.needs)
-        if needed and not any(needed(args, algo) for algo in line["algo"]):
+        if not any(applies(setting, args, algo) for algo in line["algo"]):
             line.pop(setting.name, None)
     if line.get("delta_schedule") == ["converged"] and env is PENDULUM:
         line.setdefault("threshold", ["1"])
     return [[ALL_SETTINGS[name].flag, *words] for name, words in line.items()]
 
 
+def namespace(line):
+    """What settings.parse makes of a right line's flags."""
+    args = argparse.Namespace(**dict.fromkeys(ALL_SETTINGS))
+    for name, words in line.items():
+        values = [ALL_SETTINGS[name].type(word) for word in words or [True]]
+        setattr(args, name, values if ALL_SETTINGS[name].nargs else values[0])
+    return args
+
+
 def spoil(line, rng):
     """The line with something changed that is most often wrong."""
     i = rng.randrange(len(line))
     flag, *words = line[i]
-    kind = rng.randrange(9)
+    kind = rng.randrange(10)
     setting = rng.choice(list(ALL_SETTINGS.values()))
     if kind == 0:  # a wrong value
         line[i] = [flag, *words[:-1], rng.choice(WRONG)]
@@ -156,6 +161,8 @@ def spoil(line, rng):
     elif kind == 4:  # any flag with whatever it accepts, though it may need another one, or be given twice
         if setting.name not in FOLDERS:
             line.append([setting.flag, *right_values(setting, rng, rng.choice(list(envs.ENVS.values())))])
+    elif kind == 9:  # what argparse takes for an empty list
+        line[i] = [f"{flag}=--"]
     elif kind == 5:  # a value that is given twice
         line[i] = [flag, *words, *words]
     elif kind == 6:  # another environment
@@ -234,7 +241,8 @@ def in_folder(line, right, rng, folder, previous):
     path = rng.choice(list(out.rglob("config.json")))
     if place < 0.975:
         others = rng.choice([[], [rng.choice(line)]])
-        return [["--like", str(path.parent)], ["--out", str(folder)], ["--workers", "1"], *others], folder, not others
+        small = [["--epochs", "1"], ["--workers", "1"]]  # which are not taken from the run
+        return [["--like", str(path.parent)], ["--out", str(folder)], *small, *others], folder, not others
     low = json.loads(path.read_text())["range"][::2]
     right_ones = rng.choice([[], [["--phi", *map(str, low)]]])
     others = rng.choice([[], [rng.choice(line)]])

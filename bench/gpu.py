@@ -29,7 +29,7 @@ from bench.measure import Configuration, in_fresh_processes, measure, opened, op
 from harness import report
 from harness.device import WARM_UP, Recorded
 from harness.sampling import DeviceSampler
-from settings import ALGORITHMS
+from harness.settings import algorithms
 
 REPOSITORY = Path(run.__file__).parent
 TOLERANCE, FLOAT32_TOLERANCE = 1e-9, 1e-4  # of θ after a few epochs
@@ -91,7 +91,7 @@ def check_agreement(device, small):
     torch.set_default_dtype(torch.float64)
     table, sizes = Table(), TINY | {"S": 2} if small else {"S": 2, "M": 2, "K": 4, "H": 20, "hidden": 16}
     cases = [(name, "directed-maml") for name in FAMILIES]
-    cases += [("point", algo) for algo in ALGORITHMS if algo != "directed-maml"]
+    cases += [("point", algo) for algo in algorithms() if algo != "directed-maml"]
     for name, algo in cases:
         c = replace(BASE, env=name, algo=algo, **sizes)
         difference = float((trained(c, device, WARM_UP + 2) - trained(c, None, WARM_UP + 2)).abs().max())

@@ -24,7 +24,7 @@ import checkpoints
 import envs
 import run
 from bench import fuzz
-from settings import ALGORITHMS
+from harness.settings import algorithms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "sample_seconds")
@@ -227,7 +227,7 @@ def report_long(cases):
 def random_sizes(rng):
     """A small command of random settings and, above all, of uneven sizes."""
     batched = [name for name, env in envs.ENVS.items() if not env.in_workers]
-    env, algo = rng.choice(batched), rng.choice(ALGORITHMS)
+    env, algo = rng.choice(batched), rng.choice(algorithms())
     words = ["--env", env, "--algo", algo, "--rl", rng.choice(("pg", "ac")), "--tasks", rng.choice("12357")]
     words += ["--trajectories", rng.choice(("2", "3", "5", "10")), "--horizon", str(rng.randint(3, 60))]
     words += ["--hidden", *rng.choice((["64", "64"], ["20", "12"], ["8", "8"], ["64"], ["5"]))]

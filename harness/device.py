@@ -53,7 +53,7 @@ class Recorded:
     """A function of a batch as one CUDA graph: its kernels then run without Python between them.
 
     The function must change tensors in place and ask nothing of the host. Its first calls are real ones; then it is
-    recorded, and replayed from there on; for another batch, or other switches, anew. On a CPU, under several ranks and
+    recorded, and replayed from there on; for another batch, or other options, anew. On a CPU, under several ranks and
     where recording fails it is called as it is.
     """
 
@@ -64,7 +64,8 @@ class Recorded:
     def __call__(self, batch):
         if batch.device != "cuda":
             return self.function(batch)
-        fixed = batch, batch.switches().get("second_order")  # what a recording cannot change
+        options = {name: x for name, x in batch.learner_options.items() if not isinstance(x, torch.Tensor)}
+        fixed = batch, options  # what a recording cannot change
         if fixed != self.fixed:
             self.fixed, self.calls, self.graph, self.returned = fixed, 0, None, None
         if self.calls == WARM_UP:

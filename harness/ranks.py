@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from checkpoints import RunError
 from harness.processes import ProcessError, end_with_parent
-from settings import ALL_SETTINGS, default_of
+from harness.settings import ALL_SETTINGS, default_of
 
 LAST_WORDS_SECONDS = 3  # that rank 0, if it keeps the store, stays for the others at most when it fails
 

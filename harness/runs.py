@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 import envs
+import maml
 from checkpoints import CHECKPOINT, FAILED
+from harness.settings import ALL_SETTINGS, default_of
 from harness.text import printable, setting_text
-from settings import ALL_SETTINGS, UNDIRECTED, default_of
 
-KNOWN = UNDIRECTED  # the learners, in the order of the lines and of their colours
+KNOWN = tuple(maml.LEARNERS)  # the learners, in the order of the lines and of their colours
 
 
 def is_compared(setting):

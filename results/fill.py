@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from harness import report
+from harness.settings import SETTINGS, shown_default
 from harness.text import markdown
-from settings import SETTINGS, shown_default
 
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.
 MARKED_TABLE = re.compile(
@@ -64,11 +64,11 @@ def flag_table(names=()):
     for title, settings in SETTINGS.items():
         lines.append({"flag": f"**{title}**", "default": "", "what it does": ""})
         for setting in settings:
-            text = setting.help
-            if not all(choice in text for choice in setting.choices):
-                text = f"{', '.join(setting.choices)}: {text}"
+            text = setting.text
+            if not all(choice in text for choice in setting.words):
+                text = f"{', '.join(setting.words)}: {text}"
             if setting.needs:
-                text += f"; needs {setting.needs}"
+                text += f"; needs {setting.needs.words}"
             cells = f"`{setting.flag}`", shown_default(setting), text
             lines.append(dict(zip(lines[0], cells, strict=True)))
     if names:

@@ -1,15 +1,16 @@
-"""What iMAML, MAML++ and Sharp-MAML need of run.py: schedules, settings, checkpoints, evaluation, the loaded run."""
-
-from types import SimpleNamespace
+"""A learner is a row, and what iMAML, MAML++ and Sharp-MAML need of run.py: settings, evaluation, loaded runs."""
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoints
+import envs
+import maml
 import run
 import trained
-from settings import make_env, parse, plan
+from harness.settings import ALL_SETTINGS, SETTINGS, Setting, make_env, owner_of, parse, plan
+from harness.start import first_state
 from tests.commands import refused, rows, train
 
 STILL = ["--beta", 1e-30]  # θ stays where it began
@@ -24,46 +25,52 @@ def planned(algo, *words):
     return [settings for _, settings in plan(args, algo, make_env(args))]
 
 
-# --- a run is the same however it is run ---
+# --- a learner is a function and a row ---
 
 
-@pytest.mark.parametrize(
-    ("algo", "words"),
-    [
-        ("directed-imaml", []),
-        ("directed-maml++", ["--first-order-epochs", 1, "--multi-step-epochs", 2]),  # both change while it is stopped
-        ("directed-sharp-maml", ["--rho", 0.5]),
-        ("sharp-fomaml", ["--optimizer", "sgd"]),
-    ],
-)
-def test_every_bit_is_the_same_alone_and_in_a_sweep_and_after_resuming(tmp_path, algo, words):
-    words = ["--optimizer", "adam", "--eval-steps", 3, *words]
-    train(tmp_path / "alone", "--seed", 2, "--alpha", 0.1, *words, algo=algo, epochs=3)
-    sweep = ["--seed", 1, 2, "--alpha", 0.001, 0.1, *words]
-    train(tmp_path / "sweep", *sweep, algo=algo, epochs=1)
-    train(tmp_path / "sweep", *sweep, "--resume", algo=algo, epochs=3)
-    delta = "delta0.005/" if algo.startswith("directed") else ""
-    alone = tmp_path / f"alone/cartpole-pg/{algo}/{delta}seed2"
-    together = tmp_path / f"sweep/cartpole-pg/{algo}/alpha0.1/{delta}seed2"
-    assert rows(alone / "log.csv") == rows(together / "log.csv")
-    at_the_end = [[row for row in rows(x / "eval.csv") if row["epoch"] == "3"] for x in (alone, together)]
-    assert at_the_end[0] == at_the_end[1] and len(at_the_end[0]) == 10 * 4  # tasks; 0 to 3 inner steps
-    for part in ("theta", "alpha"):
-        ours, theirs = state(alone)[part], state(together)[part]
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def sign_maml(theta, task_loss, alpha, num_tasks, inner_steps=1, shrink=None):
+    """The signs of MAML's meta-gradient (Fan et al. 2021), times a setting of its own."""
+    maml.maml(theta, task_loss, alpha, num_tasks, inner_steps)
+    for p in theta.values():
+        p.grad = p.grad.sign() * maml.of_each_run(shrink, p)
 
 
-@pytest.mark.filterwarnings("error")  # which would be more lines
-@pytest.mark.parametrize("algo", ["directed-imaml", "directed-maml++", "directed-sharp-maml"])
-def test_a_run_that_explodes_fails_alone(tmp_path, capsys, algo):
-    """δ is beyond float32 in one of two runs."""
-    train(tmp_path / "alone", "--delta", 0.005, algo=algo, epochs=2)
-    with pytest.raises(SystemExit) as stop:
-        train(tmp_path / "both", "--delta", 0.005, 1e39, algo=algo, epochs=2)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "delta1e+39/seed1: a loss or parameter is not" in error
-    logs = [rows(tmp_path / x / "cartpole-pg" / algo / "delta0.005/seed1/log.csv") for x in ("alone", "both")]
-    assert logs[0] == logs[1]
+@pytest.fixture
+def added(monkeypatch):
+    """Sign-MAML, added as its row and the row of its flag, as somebody would who edits the two tables."""
+    row = maml.Learner(sign_maml, settings=("shrink",), defaults={"beta": 0.25}, joint_training=False)
+    monkeypatch.setitem(maml.LEARNERS, "sign-maml", row)
+    flag = Setting("shrink", "factor of the signs", "0.5", float, 0.5, needs=owner_of("shrink"))
+    monkeypatch.setitem(SETTINGS, "step sizes", [*SETTINGS["step sizes"], flag])
+    monkeypatch.setitem(ALL_SETTINGS, "shrink", flag)
+
+
+def test_an_added_learner_is_listed_and_its_row_decides_what_is_refused(tmp_path, capsys, monkeypatch, added):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    text = capsys.readouterr().out
+    assert "sign-maml" in text and "directed-sign-maml" in text and "sign-maml 0.25" in text  # its default β
+    assert "--inner-steps 0: sign-maml" in refused(capsys, tmp_path, "--inner-steps", 0, algo="sign-maml")
+    line = refused(capsys, tmp_path, "--shrink", 2, algo="maml")
+    assert "--shrink does nothing without the algorithm sign-maml or directed-sign-maml" in line
+
+
+@pytest.mark.parametrize("algo", ["sign-maml", "directed-sign-maml"])
+def test_an_added_learner_trains_resumes_evaluates_and_is_loaded(tmp_path, added, algo):
+    words = ["--shrink", 0.5, "--delta", 0] if algo.startswith("directed") else ["--shrink", 0.5]
+    train(tmp_path / "straight", *words, env="point", algo=algo, epochs=2)
+    train(tmp_path / "stopped", *words, env="point", algo=algo, epochs=1)
+    (first,) = (path.parent for path in (tmp_path / "stopped").rglob("checkpoint.pt"))
+    start = first_state(state(first)["settings"], envs.make("point", horizon=12))["theta"]
+    for name, p in state(first)["theta"].items():  # its default β, times the signs' factor
+        torch.testing.assert_close((p - start[name]).abs(), torch.full_like(p, 0.25 * 0.5), rtol=1e-5, atol=1e-6)
+    train(tmp_path / "stopped", *words, "--resume", env="point", algo=algo, epochs=2)
+    (straight,) = (path.parent for path in (tmp_path / "straight").rglob("checkpoint.pt"))
+    assert rows(straight / "log.csv") == rows(first / "log.csv")
+    assert {row["step"] for row in rows(first / "eval.csv")} == {"0", "1"}
+    adapted = trained.load(first).adapt(phi=[0.3, 0.3])
+    assert not torch.equal(adapted.theta["policy.0.weight"], state(first)["theta"]["policy.0.weight"])
 
 
 # --- settings ---
@@ -98,25 +105,6 @@ def test_flags_that_have_no_effect_are_refused(tmp_path, capsys, algo, words, sa
 def test_a_run_that_began_with_another_lambda_names_the_flag(tmp_path, capsys):
     train(tmp_path, algo="imaml", epochs=1)
     assert "give --lambda as before" in refused(capsys, tmp_path, "--resume", "--lambda", 2, algo="imaml")
-
-
-def test_maml_plus_plus_is_of_first_order_at_first_and_weighs_its_inner_steps_ever_less():
-    """With N = 4 steps and E = 10 epochs the first three weights are (1 − epoch/E)/N each, and all sum up to 1."""
-    settings = {"first_order_epochs": 5, "multi_step_epochs": 10, "inner_steps": 4}
-    for epoch, second_order, early in (
-        (0, False, 1 / 4),
-        (4, False, 0.15),
-        (5, True, 1 / 8),
-        (10, True, 0),
-        (11, True, 0),
-    ):
-        settings["delta"], weights = None, torch.zeros(4, dtype=torch.float64)
-        batch = SimpleNamespace(settings=settings, epochs_done=epoch, step_weights=weights)
-        run.Batch.set_schedules(batch)
-        switches = run.Batch.switches(batch)
-        assert switches["second_order"] is second_order
-        assert switches["step_weights"].tolist() == pytest.approx([early] * 3 + [1 - 3 * early])
-    assert run.Batch.switches(SimpleNamespace(settings={"first_order_epochs": None})) == {}
 
 
 def test_maml_plus_plus_learns_an_alpha_for_each_inner_step(tmp_path):

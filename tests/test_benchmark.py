@@ -8,7 +8,7 @@ import torch
 
 import run
 from bench import benchmark, measure, reference
-from settings import parse
+from harness.settings import parse
 
 
 def tables(text):

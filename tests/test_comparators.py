@@ -11,6 +11,7 @@ import envs
 import policies
 import run
 import trained
+from harness.start import first_state
 from tests.noise import noise_of, rollout_of, tasks_of
 
 SMALL = ["--tasks", "2", "--trajectories", "4", "--horizon", "12", "--hidden", "8", "--eval-every", "2", "--quiet"]
@@ -57,22 +58,6 @@ def test_a_baseline_does_nothing_with_raw_advantages_and_is_refused(tmp_path, ca
     assert "--baseline does nothing without --advantages whitened" in line
 
 
-@pytest.mark.parametrize("rl", ["pg", "ac"])
-@pytest.mark.parametrize("words", [["--advantages", "raw"], ["--baseline", "linear"]])
-def test_the_settings_reach_the_loss_and_a_run_alone_equals_itself_in_a_sweep(tmp_path, words, rl):
-    go(tmp_path / "alone", "--rl", rl, "--seed", 2, *words)
-    go(tmp_path / "sweep", "--rl", rl, "--seed", 1, 2, 3, 4, *words)
-    go(tmp_path / "default", "--rl", rl, "--seed", 2)
-    alone, sweep, default = (
-        tmp_path / name / f"cartpole-{rl}" / "maml" / "seed2" for name in ("alone", "sweep", "default")
-    )
-    assert rows(alone) == rows(sweep) and rows(alone, "eval") == rows(sweep, "eval")
-    for name, p in theta(alone).items():
-        assert torch.equal(p, theta(sweep)[name])
-    assert any(not torch.equal(p, theta(default)[name]) for name, p in theta(alone).items())
-    trained.load(alone).adapt(phi=[12.0])  # with the run's own loss
-
-
 # --- joint training ---
 
 
@@ -87,7 +72,7 @@ def test_joint_training_takes_one_rollout_an_epoch_and_the_summed_gradient_of_th
     settings = checkpoints.load(joint / "checkpoint.pt")["settings"]
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
-    start = run.first_state(settings, env)["theta"]
+    start = first_state(settings, env)["theta"]
     phi, noise = tasks_of(env, [3], run.TASKS, 2), noise_of(env, [3], run.TASKS, 2, 4)
     seen = {name: p.expand(-1, 2, *p.shape[2:]) for name, p in start.items()}
     trajectories = rollout_of(env, head, seen, phi, noise)
@@ -200,7 +185,7 @@ def test_the_pooled_medium_task_costs_k_trajectories_and_is_the_mean_over_the_ta
     settings = checkpoints.load(folder / "checkpoint.pt")["settings"]
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
-    start = run.first_state(settings, env)["theta"]
+    start = first_state(settings, env)["theta"]
     phi = tasks_of(env, [1], run.TASKS, 2)  # the epoch's own tasks
     noise = noise_of(env, [1], run.MEDIUM, 2, 2)
     parts = []
@@ -234,7 +219,7 @@ def test_the_norms_are_those_of_what_the_delta_and_beta_steps_moved(tmp_path):
         go(tmp_path / name, "--delta", 0.5, "--beta", beta, "--rl", "ac", env="point", algo="directed-maml", epochs=1)
     folders = [tmp_path / name / "point-ac" / "directed-maml" / "delta0.5" / "seed1" for name in ("delta", "both")]
     env = replace(envs.make("point"), horizon=12)
-    start = run.first_state(checkpoints.load(folders[0] / "checkpoint.pt")["settings"], env)["theta"]
+    start = first_state(checkpoints.load(folders[0] / "checkpoint.pt")["settings"], env)["theta"]
     first, second, third = (
         torch.cat([p.detach().double().flatten() for p in parameters.values()])
         for parameters in (start, *map(theta, folders))
@@ -254,13 +239,3 @@ def test_undirected_runs_have_no_delta_columns_and_a_step_of_length_zero_no_cosi
         assert row["delta_norm"] == row["delta_beta_cosine"] == "" and float(row["beta_norm"]) > 0
     for row in rows(tmp_path / "cartpole-pg" / "directed-maml" / "delta0" / "seed1"):
         assert row["delta_norm"] == "0" and row["delta_beta_cosine"] == "" and float(row["beta_norm"]) > 0
-
-
-@pytest.mark.parametrize("words", [[], ["--medium", "pooled"], ["--oracle"], ["--inner-steps", 0], ["--alpha", 0]])
-def test_every_column_is_the_same_alone_and_in_a_sweep_and_after_resuming(tmp_path, words):
-    go(tmp_path / "alone", "--seed", 3, *words, algo="directed-maml", epochs=3)
-    go(tmp_path / "sweep", "--seed", 1, 2, 3, 4, 5, *words, algo="directed-maml", epochs=2)
-    go(tmp_path / "sweep", "--seed", 1, 2, 3, 4, 5, *words, "--resume", algo="directed-maml", epochs=3)
-    alone, sweep = (tmp_path / x / "cartpole-pg/directed-maml/delta0.005/seed3" for x in ("alone", "sweep"))
-    for table in ("log", "eval"):
-        assert rows(alone, table) == rows(sweep, table)

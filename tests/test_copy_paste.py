@@ -1,4 +1,4 @@
-"""maml.py and directed.py, and learners.py with maml.py, work in another project, with torch as their only import."""
+"""maml.py and directed.py work in another project, with torch as their only import."""
 
 import os
 import shutil
@@ -14,12 +14,16 @@ OTHERS = {"numpy", "gymnasium", "tqdm", "matplotlib"}
 USES = {
     "maml": """
         import torch
-        from maml import maml, adapt, expand
+        from maml import imaml, maml, sharp
         theta = {"x": torch.ones(1, 1, requires_grad=True)}
         goals = torch.tensor([[1.0, 2.0, 3.0]])
         loss = lambda params: (params["x"] - goals).square()
         maml(theta, loss, 0.1, 3)
         assert torch.allclose(theta["x"].grad, torch.tensor([[-2 * 0.8**2 * (1 + 2.0)]]))  # 2(1−2α)²(x−goal)
+        imaml(theta, loss, 0.1, 3, inner_steps=1, lambda_=2.0, cg_steps=1)
+        assert torch.allclose(theta["x"].grad, torch.tensor([[-2 * 0.8 * (1 + 2.0) / (1 + 2 / 2.0)]]))
+        sharp(maml, 0.5)(theta, loss, 0.1, 3)  # at x = 1 − 0.5
+        assert torch.allclose(theta["x"].grad, torch.tensor([[-2 * 0.8**2 * 4.5]]))
     """,
     "directed": """
         import torch
@@ -28,19 +32,7 @@ USES = {
         directed(lambda theta, task_loss: None, 0.25)(theta, lambda params: params["x"].square(), lambda params: None)
         assert torch.allclose(theta["x"].detach(), torch.tensor([[0.5]]))  # 1 − 0.25·2
     """,
-    "learners": """
-        import torch
-        from learners import imaml, sharp
-        from maml import maml
-        theta = {"x": torch.ones(1, 1, requires_grad=True)}
-        goals = torch.tensor([[1.0, 2.0, 3.0]])
-        imaml(theta, lambda params: (params["x"] - goals).square(), 0.1, 3, inner_steps=1, lambda_=2.0, cg_steps=1)
-        assert torch.allclose(theta["x"].grad, torch.tensor([[-2 * 0.8 * (1 + 2.0) / (1 + 2 / 2.0)]]))
-        sharp(maml, 0.5)(theta, lambda params: (params["x"] - goals).square(), 0.1, 3)  # at x = 1 − 0.5
-        assert torch.allclose(theta["x"].grad, torch.tensor([[-2 * 0.8**2 * 4.5]]))
-    """,
 }
-COPIED_WITH = {"learners": ["maml"]}
 
 
 class TorchAlone:
@@ -66,8 +58,7 @@ def test_a_module_copied_into_an_empty_folder_works(tmp_path):
     for module, program in (*USES.items(), ("trained", "import trained")):
         folder = tmp_path / module
         folder.mkdir()
-        for name in [module, *COPIED_WITH.get(module, [])]:
-            shutil.copy(REPOSITORY / f"{name}.py", folder)
+        shutil.copy(REPOSITORY / f"{module}.py", folder)
         process = processes.context().Process(target=use_alone, args=(folder, program))
         process.start()
         process.join(60)

@@ -11,7 +11,8 @@ import policies
 import run
 from harness import device, ranks, sampling
 from harness.log import Rows
-from settings import ALGORITHMS, make_env, parse
+from harness.settings import algorithms, make_env, parse
+from harness.start import new_runs
 
 FAMILIES = [name for name, env in envs.ENVS.items() if not env.in_workers]
 SIZES = ["--seed", "1", "2", "--tasks", "2", "--trajectories", "4", "--horizon", "5", "--hidden", "8"]
@@ -24,7 +25,7 @@ def make_batch(place, *words, env="cartpole", algo="maml", compiled=None):
     family = make_env(args)
     head = policies.make_head(family.actions)
     sample = sampling.DeviceSampler(family, head, place, compiled)
-    return run.Batch(run.new_runs(args, family), family, head, sample, place, ranks.Ranks(), Rows(writes=False))
+    return run.Batch(new_runs(args, family), family, head, sample, place, ranks.Ranks(), Rows(writes=False))
 
 
 class NothingOfTheHost(TorchDispatchMode):
@@ -39,7 +40,7 @@ class NothingOfTheHost(TorchDispatchMode):
         return returned
 
 
-EPOCHS = [("--algo", algo) for algo in ALGORITHMS]
+EPOCHS = [("--algo", algo) for algo in algorithms()]
 EPOCHS += [("--env", env, "--algo", "directed-maml", "--rl", rl) for env in FAMILIES for rl in policies.LOSSES]
 EPOCHS += [("--algo", "directed-maml", *words.split()) for words in (
     "--optimizer adam", "--outer-steps 3 --clip 0.2 --kl-penalty 0.1", "--oracle", "--inner-steps 0", "--inner-steps 2",

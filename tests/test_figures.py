@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from harness import figures, runs
-from settings import UNDIRECTED
+from maml import LEARNERS
 from tests.conftest import DRAW
 from tests.test_measures import logged
 from tests.test_runs import GOAL, GRAVITY, write_run
@@ -93,13 +93,13 @@ def looks_of(*algos):
 
 
 def test_a_learner_keeps_its_colour_whatever_stands_beside_it():
-    alone = [looks_of(algo)[0] for algo in UNDIRECTED]
-    assert alone == looks_of(*UNDIRECTED) == looks_of("a-maml", *UNDIRECTED)[1:]
+    alone = [looks_of(algo)[0] for algo in LEARNERS]
+    assert alone == looks_of(*LEARNERS) == looks_of("a-maml", *LEARNERS)[1:]
     assert looks_of("directed-fomaml") == looks_of("fomaml")
 
 
 def test_algorithms_that_are_not_in_the_table_have_the_next_colours():
-    looks = looks_of(*UNDIRECTED, "a-maml", "b-maml")
+    looks = looks_of(*LEARNERS, "a-maml", "b-maml")
     assert [colour for colour, _ in looks] == figures.COLOURS[: len(looks)]
     assert len(set(figures.COLOURS)) == len(figures.COLOURS)
 

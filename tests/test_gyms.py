@@ -14,7 +14,7 @@ import envs
 import run
 import trained
 from envs import make
-from settings import make_env, parse, plan
+from harness.settings import make_env, parse, plan
 from tests.commands import REPOSITORY, refused, rows, train
 from tests.noise import noise_of, tasks_of
 

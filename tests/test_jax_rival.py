@@ -104,7 +104,7 @@ def test_meta_gradient_equals_the_projects_on_the_same_trajectories(theta, algo)
     query = rollouts(theta, phi, run_keys(5), shared=True)
     theirs = jax_rival.meta_gradient(theta, support, lambda adapted: query, second_order=algo == "maml")
     params, to_come = project_params(theta), iter([support, query])
-    maml.META_LEARNERS[algo](params, lambda params: project_loss(params, next(to_come)), jax_rival.ALPHA, M)
+    maml.LEARNERS[algo].function(params, lambda params: project_loss(params, next(to_come)), jax_rival.ALPHA, M)
     assert_equal({name: p.grad for name, p in params.items()}, theirs)
 
 
@@ -144,7 +144,7 @@ def test_an_epoch_is_algorithm_1_with_the_projects_learners(theta, algo):
     def medium_loss(params):
         return loss_at(params, jnp.full((S, 1), 10.0), of_medium)
 
-    params, learner = project_params(theta), maml.META_LEARNERS[algo.removeprefix("directed-")]
+    params, learner = project_params(theta), maml.LEARNERS[algo.removeprefix("directed-")].function
     if algo.startswith("directed-"):
         directed(learner, jax_rival.DELTA)(params, medium_loss, task_loss, jax_rival.ALPHA, M)
     else:

@@ -1,13 +1,34 @@
 """Meta-gradients against closed forms on quadratics, finite differences, and plain loops; all in float64."""
 
-import math
+import re
 
 import pytest
 import torch
 
-from maml import META_LEARNERS, adapt, expand, learned_alpha, maml, multi_step_weights, reptile
+from directed import directed
+from maml import (
+    LEARNERS,
+    adapt,
+    conjugate_gradients,
+    expand,
+    imaml,
+    learned_alpha,
+    maml,
+    maml_plus_plus,
+    multi_step_weights,
+    proximal,
+    reptile,
+    sharp,
+)
 
 S, M, ALPHA = 2, 3, 0.1
+FUNCTIONS = [name for name, row in LEARNERS.items() if not row.sharp]  # `sharp` goes around some of these
+
+
+def alpha_of(name, theta, alpha=ALPHA, inner_steps=2):
+    """What a learner takes as alpha: a number, or leaves."""
+    row = LEARNERS[name]
+    return learned_alpha(theta, alpha, inner_steps if row.alpha_by_step else None) if row.learns_alpha else alpha
 
 
 def quadratics():
@@ -28,27 +49,12 @@ def test_updates_are_those_derived_by_hand_on_quadratics(name, inner_steps):
         "reptile": x - (c + shrink * (x - c)).mean(1, keepdim=True),
     }
     theta = {"x": x.clone().requires_grad_()}
-    alpha = learned_alpha(theta, ALPHA) if name == "meta-sgd" else ALPHA
-    META_LEARNERS[name](theta, task_loss, alpha, M, inner_steps=inner_steps)
+    alpha = alpha_of(name, theta)
+    LEARNERS[name].function(theta, task_loss, alpha, M, inner_steps=inner_steps)
     torch.testing.assert_close(theta["x"].grad, expected["maml" if name == "meta-sgd" else name])
     if name == "meta-sgd":  # d/dα ½a(1 − αa)²ⁿ(θ − c)²
         by_alpha = -inner_steps * a**2 * (1 - ALPHA * a) ** (2 * inner_steps - 1) * (x - c) ** 2
         torch.testing.assert_close(alpha["x"].grad, by_alpha.sum(1, keepdim=True))
-
-
-def test_sgd_with_beta_is_equation_2b_and_reptile_interpolates():
-    a, c, x, task_loss = quadratics()
-    for learner, beta in ((maml, 0.01), (reptile, 0.5)):
-        theta = {"x": x.clone().requires_grad_()}
-        optimizer = torch.optim.SGD(theta.values(), lr=beta)
-        learner(theta, task_loss, ALPHA, M, inner_steps=1)
-        optimizer.step()
-        moved = c + (1 - ALPHA * a) * (x - c)
-        if learner is maml:
-            expected = x - beta * (a * (1 - ALPHA * a) ** 2 * (x - c)).sum(1, keepdim=True)
-        else:
-            expected = x + beta * (moved - x).mean(1, keepdim=True)
-        torch.testing.assert_close(theta["x"].detach(), expected)
 
 
 def regression(seed=0, dtype=torch.float64):
@@ -90,23 +96,13 @@ def meta_loss_at(meta_loss):
         return meta_loss()
 
 
-def test_first_order_differs_from_second_order_on_a_curved_loss():
-    theta, task_loss = regression()
-    grads = {}
-    for name in ("maml", "fomaml"):
-        META_LEARNERS[name](theta, task_loss, ALPHA, M)
-        grads[name] = theta["w"].grad
-    assert (grads["maml"] - grads["fomaml"]).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("name", META_LEARNERS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_batched_runs_and_tasks_equal_a_plain_loop_over_them(name):
     theta, task_loss = regression()
-    alpha = learned_alpha(theta, ALPHA) if name == "meta-sgd" else ALPHA
-    META_LEARNERS[name](theta, task_loss, alpha, M, inner_steps=2)
+    LEARNERS[name].function(theta, task_loss, alpha_of(name, theta), M, inner_steps=2)
     for s in range(S):
         run = {key: p[s : s + 1].detach().requires_grad_() for key, p in theta.items()}
-        step_sizes = learned_alpha(run, ALPHA) if name == "meta-sgd" else ALPHA
+        step_sizes = alpha_of(name, run)
         total = dict.fromkeys(run, 0.0)
         for i in range(M):  # one task of one run at a time
 
@@ -114,10 +110,10 @@ def test_batched_runs_and_tasks_equal_a_plain_loop_over_them(name):
                 padded = {key: p.expand(S, M, *p.shape[2:]) for key, p in params.items()}
                 return task_loss(padded)[s : s + 1, i : i + 1]
 
-            META_LEARNERS[name](run, one_task, step_sizes, 1, inner_steps=2)
+            LEARNERS[name].function(run, one_task, step_sizes, 1, inner_steps=2)
             total = {key: total[key] + p.grad for key, p in run.items()}
         for key, p in theta.items():
-            expected = total[key] / (M if name == "reptile" else 1)
+            expected = total[key] / (M if LEARNERS[name].averages else 1)
             torch.testing.assert_close(p.grad[s : s + 1], expected)
 
 
@@ -133,7 +129,7 @@ def test_maml_plus_plus_is_derived_by_hand_on_quadratics(weights, second_order):
     steps = 3 if weights is None else len(weights)
     alpha = {"x": alpha_by_step(steps).requires_grad_()}
     theta = {"x": x.clone().requires_grad_()}
-    maml(theta, task_loss, alpha, M, steps, second_order, weights)
+    maml_plus_plus(theta, task_loss, alpha, M, steps, second_order, weights)
 
     w = [0.0, 0.0, 1.0] if weights is None else [float(number) for number in weights]
     shrink = 1 - alpha["x"].detach() * a[..., None]  # (S, M, steps): θ'ⱼ − c = Π_{k≤j} (1 − αₖa) (θ − c)
@@ -151,20 +147,11 @@ def test_maml_plus_plus_is_derived_by_hand_on_quadratics(weights, second_order):
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_weight_on_the_last_step_alone_is_plain_maml_to_the_bit_and_no_more_work(second_order):
-    results = []
-    for weights in ([0, 0, 1], None):
-        theta, task_loss = regression()
-        backward = []  # one entry for each time that a loss is differentiated
-
-        def watched(params, task_loss=task_loss, backward=backward):
-            loss = task_loss(params)
-            loss.register_hook(lambda gradient: backward.append(1))
-            return loss
-
-        maml(theta, watched, ALPHA, M, 3, second_order, weights)
-        results.append((theta["w"].grad, theta["v"].grad, torch.tensor(len(backward))))
-    assert all(torch.equal(weighted, plain) for weighted, plain in zip(*results, strict=True))
+def test_weight_on_the_last_step_alone_is_plain_maml_to_the_bit(second_order):
+    (theta, task_loss), (expected, _) = regression(), regression()
+    maml_plus_plus(theta, task_loss, ALPHA, M, 3, second_order, [0, 0, 1])
+    maml(expected, task_loss, ALPHA, M, 3, second_order)
+    assert all(torch.equal(p.grad, expected[key].grad) for key, p in theta.items())
 
 
 @pytest.mark.parametrize("second_order", [True, False])
@@ -175,17 +162,9 @@ def test_alpha_with_equal_steps_is_meta_sgd_and_its_gradient_is_split_over_the_s
     maml(theta, task_loss, by_step, M, 3, second_order)
     maml(expected, task_loss, shared, M, 3, second_order)
     for key, p in theta.items():
-        assert by_step[key].is_leaf and by_step[key].shape == (S, 1, 3, *p.shape[2:])
         assert torch.equal(p.grad, expected[key].grad)
         torch.testing.assert_close(by_step[key].grad.sum(2), shared[key].grad)
         assert (by_step[key].grad[:, :, 0] - by_step[key].grad[:, :, 2]).abs().max() > 1e-3
-
-
-def test_learned_alpha_by_step_starts_at_the_number_of_its_run():
-    theta, _ = regression()
-    numbers = torch.tensor([[0.1], [0.003]], dtype=torch.float64)
-    for p in learned_alpha(theta, numbers, inner_steps=2).values():
-        assert p.requires_grad and torch.equal(p.detach(), numbers.reshape(S, 1, 1, 1, 1).expand_as(p))
 
 
 def test_steps_beyond_those_that_alpha_knows_take_the_last():
@@ -201,7 +180,7 @@ def test_weighted_steps_cost_no_further_loss():
     _, c, x, _ = quadratics()
     draws = iter([1.0, 2.0, 5.0])  # curvatures of the first step, of the second, and of the query
     theta = {"x": x.clone().requires_grad_()}
-    maml(theta, lambda p: 0.5 * next(draws) * (p["x"] - c) ** 2, ALPHA, M, 2, step_weights=[0.25, 0.75])
+    maml_plus_plus(theta, lambda p: 0.5 * next(draws) * (p["x"] - c) ** 2, ALPHA, M, 2, step_weights=[0.25, 0.75])
     assert next(draws, None) is None
     first = (1 - 1.0 * ALPHA) * (x - c)  # θ'₁ − c, on which the second step's draw is a query
     second = (1 - 2.0 * ALPHA) * first
@@ -209,11 +188,11 @@ def test_weighted_steps_cost_no_further_loss():
     torch.testing.assert_close(theta["x"].grad, by_hand.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("weights, inner_steps", [([1.0], 2), ([0.5, 0.5], 1), ([0.0, 0.0], 2), ([], 0)])
+@pytest.mark.parametrize("weights, inner_steps", [([1.0], 2), ([0.5, 0.5], 1), ([], 0)])
 def test_step_weights_that_do_not_fit_the_inner_steps_are_refused(weights, inner_steps):
     theta, task_loss = regression()
-    with pytest.raises(ValueError, match=r"maml: step_weights is \[.*; expected a number for each, not all 0"):
-        maml(theta, task_loss, ALPHA, M, inner_steps, step_weights=weights)
+    with pytest.raises(ValueError, match=r"maml_plus_plus: step_weights is \[.*; expected a number for each"):
+        maml_plus_plus(theta, task_loss, ALPHA, M, inner_steps, step_weights=weights)
 
 
 def test_multi_step_weights_go_from_equal_to_the_last_step_alone():
@@ -224,17 +203,26 @@ def test_multi_step_weights_go_from_equal_to_the_last_step_alone():
     assert multi_step_weights(1, 0, 10) == [1]
 
 
+def test_maml_plus_plus_is_of_first_order_at_first_and_weighs_its_inner_steps_ever_less():
+    """With N = 4 steps and E = 10 epochs the first three weights are (1 − epoch/E)/N each, and all sum up to 1."""
+    settings = {"first_order_epochs": 5, "multi_step_epochs": 10, "inner_steps": 4}
+    for epoch, second_order, early in ((0, False, 1 / 4), (4, False, 0.15), (5, True, 1 / 8)):
+        expected = {"second_order": second_order, "step_weights": pytest.approx([early] * 3 + [1 - 3 * early])}
+        assert LEARNERS["maml++"].each_epoch(settings, epoch) == expected
+    for epoch in (10, 11):  # MAML itself, at no more work than its
+        assert LEARNERS["maml++"].each_epoch(settings, epoch) == {"second_order": True, "step_weights": None}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", META_LEARNERS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_alpha_of_each_run_gives_the_bits_that_its_number_gives_alone(name, dtype):
     numbers = [0.1, 0.003]  # neither is exact in float32 or float64
     theta, task_loss = regression(dtype=dtype)
     alpha = torch.tensor(numbers, dtype=torch.float64)[:, None]  # (S, 1)
-    META_LEARNERS[name](theta, task_loss, learned_alpha(theta, alpha) if name == "meta-sgd" else alpha, M, 2)
+    LEARNERS[name].function(theta, task_loss, alpha_of(name, theta, alpha), M, inner_steps=2)
     for s, number in enumerate(numbers):
         expected, _ = regression(dtype=dtype)
-        step_sizes = learned_alpha(expected, number) if name == "meta-sgd" else number
-        META_LEARNERS[name](expected, task_loss, step_sizes, M, 2)
+        LEARNERS[name].function(expected, task_loss, alpha_of(name, expected, number), M, inner_steps=2)
         for key in theta:
             assert theta[key].grad.dtype == dtype and torch.equal(theta[key].grad[s], expected[key].grad[s])
     assert not torch.equal(theta["w"].grad[0], expected["w"].grad[0])  # the runs' numbers do differ
@@ -242,11 +230,14 @@ def test_alpha_of_each_run_gives_the_bits_that_its_number_gives_alone(name, dtyp
 
 def test_learned_alpha_starts_at_the_number_of_its_run_and_is_a_leaf():
     theta, _ = regression(dtype=torch.float32)
-    for alpha, numbers in ((0.1, [0.1, 0.1]), (torch.tensor([[0.1], [0.003]], dtype=torch.float64), [0.1, 0.003])):
-        for key, learned in learned_alpha(theta, alpha).items():
-            assert learned.is_leaf and learned.requires_grad and learned.shape == theta[key].shape
-            for s, number in enumerate(numbers):
-                assert torch.equal(learned[s], torch.full_like(theta[key][s], number))
+    of_each = torch.tensor([[0.1], [0.003]], dtype=torch.float64)
+    for inner_steps, axis in ((None, ()), (3, (3,))):
+        for alpha, numbers in ((0.1, [0.1, 0.1]), (of_each, [0.1, 0.003])):
+            for key, learned in learned_alpha(theta, alpha, inner_steps).items():
+                assert learned.is_leaf and learned.requires_grad
+                assert learned.shape == (S, 1, *axis, *theta[key].shape[2:])
+                for s, number in enumerate(numbers):
+                    assert torch.equal(learned[s], torch.full_like(learned[s], number))
 
 
 @pytest.mark.parametrize("shape", [(S,), (1, S), (S + 1, 1), (S, M), (S, 1, 1)])
@@ -363,49 +354,287 @@ def test_a_loss_of_another_shape_than_runs_by_tasks_is_refused_at_every_call(red
         assert theta["w"].grad is None
 
 
-def test_sinusoid_regression_adapts_in_one_step():
-    """The supervised experiment of Finn et al. 2017 with maml.py alone: amplitudes [0.1, 5], phases [0, π]."""
-    torch.manual_seed(0)
-    theta, sinusoids = sinusoid_problem()
-    optimizer = torch.optim.Adam(theta.values(), lr=0.003)
-    for _ in range(300):
-        maml(theta, sinusoids(*sample_sinusoids(25)), alpha=0.01, num_tasks=25)
-        optimizer.step()
-    held_out = sinusoids(*sample_sinusoids(200))
-    before = held_out(expand(theta, 200)).mean().item()
-    after = held_out(adapt(expand(theta, 200), held_out, 0.01)).mean().item()
-    assert after < 0.8 * before
+# --- iMAML ---
+
+LAMBDA = 2.0
 
 
-def sample_sinusoids(num_tasks):
-    """Amplitude and phase, (1, M, 1, 1) each."""
-    return 0.1 + 4.9 * torch.rand(1, num_tasks, 1, 1), math.pi * torch.rand(1, num_tasks, 1, 1)
+def converged(a, c, x):
+    """The minimum of ½a(θ' − c)² + λ/2 (θ' − θ)²: a(θ' − c) + λ(θ' − θ) = 0."""
+    return (a * c + LAMBDA * x) / (a + LAMBDA)
 
 
-def sinusoid_problem():
-    """θ of a 1-40-40-1 network for one run, and sinusoids(amplitude, phase) -> task_loss on 10 fresh points a task."""
-    sizes = [1, 40, 40, 1]
-    theta = {}
-    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        theta[f"w{i}"] = (torch.randn(1, 1, n, m) / math.sqrt(n)).requires_grad_()
-        theta[f"b{i}"] = torch.zeros(1, 1, 1, m, requires_grad=True)
-
-    def sinusoids(amplitude, phase):
-        def task_loss(params):
-            x = 10 * torch.rand(1, amplitude.shape[1], 10, 1) - 5
-            h = (x @ params["w0"] + params["b0"]).relu()
-            h = (h @ params["w1"] + params["b1"]).relu()
-            return (h @ params["w2"] + params["b2"] - amplitude * (x - phase).sin()).square().mean((2, 3))
-
-        return task_loss
-
-    return theta, sinusoids
-
-
-def test_reptile_returns_what_it_adapted_and_its_gradient_is_the_way_from_there():
+@pytest.mark.parametrize("inner_steps", [0, 1, 3, 200])
+def test_imaml_is_the_closed_form_on_quadratics(inner_steps):
     a, c, x, task_loss = quadratics()
     theta = {"x": x.clone().requires_grad_()}
-    adapted = reptile(theta, task_loss, ALPHA, M, inner_steps=3)
-    torch.testing.assert_close(adapted["x"], c + (1 - ALPHA * a) ** 3 * (x - c))  # as derived by hand above
-    assert not adapted["x"].requires_grad
-    torch.testing.assert_close(theta["x"].grad, x - adapted["x"].mean(1, keepdim=True))
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=1)
+    # The proximal objective is a quadratic of curvature a + λ: each step shrinks the distance from its minimum.
+    minimum = converged(a, c, x)
+    adapted = minimum + (1 - ALPHA * (a + LAMBDA)) ** inner_steps * (x - minimum)
+    torch.testing.assert_close(theta["x"].grad, (a * (adapted - c) / (1 + a / LAMBDA)).sum(1, keepdim=True))
+    if inner_steps == 200:  # d/dθ ½a(θ' − c)² at the minimum, with dθ'/dθ = λ/(a + λ)
+        exact = (a * (minimum - c) * LAMBDA / (a + LAMBDA)).sum(1, keepdim=True)
+        torch.testing.assert_close(theta["x"].grad, exact, rtol=1e-12, atol=1e-12)
+
+
+def coupled_quadratics(seed=0):
+    """L = ½ (θ − c)ᵀ A (θ − c) with a positive definite A (S, M, 5, 5) that couples parameters of 2 and 3 numbers."""
+    g = torch.Generator().manual_seed(seed)
+    root = torch.randn(S, M, 5, 5, generator=g, dtype=torch.float64)
+    hessian, c = root @ root.mT, torch.randn(S, M, 5, generator=g, dtype=torch.float64)
+    theta = {
+        "u": torch.randn(S, 1, 2, generator=g, dtype=torch.float64).requires_grad_(),
+        "v": torch.randn(S, 1, 3, 1, generator=g, dtype=torch.float64).requires_grad_(),
+    }
+
+    def task_loss(params):
+        off = torch.cat([params["u"], params["v"].squeeze(3)], 2) - c
+        return 0.5 * torch.einsum("smi,smij,smj->sm", off, hessian, off)
+
+    return hessian, c, theta, task_loss
+
+
+def test_imaml_solves_every_tasks_own_linear_system_over_all_parameters():
+    hessian, c, theta, task_loss = coupled_quadratics()
+    inner_steps, identity = 4, torch.eye(5, dtype=torch.float64)
+    start = torch.cat([theta["u"], theta["v"].squeeze(3)], 2).detach().expand(S, M, 5)
+    adapted = start
+    for _ in range(inner_steps):
+        slope = torch.einsum("smij,smj->smi", hessian, adapted - c) + LAMBDA * (adapted - start)
+        adapted = adapted - 0.01 * slope
+    gradient = torch.einsum("smij,smj->smi", hessian, adapted - c)
+    expected = torch.linalg.solve(identity + hessian / LAMBDA, gradient).sum(1, keepdim=True)
+    imaml(theta, task_loss, 0.01, M, inner_steps, LAMBDA, cg_steps=5)  # 5 numbers: exact after 5 steps
+    torch.testing.assert_close(theta["u"].grad, expected[:, :, :2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(theta["v"].grad, expected[:, :, 2:, None], rtol=1e-9, atol=1e-9)
+
+
+def test_imaml_equals_differentiating_through_many_inner_steps():
+    theta, task_loss = regression()
+    inner_steps = 400
+    start = expand(theta, M)
+
+    def proximal_with_theta_in_the_graph(params):
+        return task_loss(params) + LAMBDA / 2 * sum((params[k] - start[k]).square().sum((2, 3)) for k in params)
+
+    through = adapt(start, proximal_with_theta_in_the_graph, ALPHA, inner_steps)
+    expected = torch.autograd.grad(task_loss(through).sum(), list(theta.values()))
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=24)
+    for p, gradient in zip(theta.values(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-9)
+    solved = theta["w"].grad
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=0)
+    assert (theta["w"].grad - solved).abs().max() > 0.01  # the Hessian matters here
+
+
+def test_imaml_asks_for_one_draw_for_the_hessian_and_the_last_for_the_query():
+    _, c, x, _ = quadratics()
+    curvatures = [1.0, 2.0, 5.0, 3.0]  # of the two inner steps, the Hessian and the query
+    for cg_steps in (1, 4):
+        draws = iter(curvatures)
+        theta = {"x": x.clone().requires_grad_()}
+        imaml(theta, lambda params, d=draws: 0.5 * next(d) * (params["x"] - c) ** 2, ALPHA, M, 2, LAMBDA, cg_steps)
+        assert next(draws, None) is None
+        adapted = x - ALPHA * 1.0 * (x - c)
+        adapted = adapted - ALPHA * (2.0 * (adapted - c) + LAMBDA * (adapted - x))
+        torch.testing.assert_close(theta["x"].grad, (3.0 * (adapted - c) / (1 + 5.0 / LAMBDA)).sum(1, keepdim=True))
+
+
+def test_a_task_of_too_negative_curvature_takes_its_plain_gradient_and_disturbs_no_other():
+    a, c, x, _ = quadratics()
+    a[0, 1] = -3 * LAMBDA  # 1 + a/λ = −2
+    theta = {"x": x.clone().requires_grad_()}
+    imaml(theta, lambda params: 0.5 * a * (params["x"] - c) ** 2, ALPHA, M, 1, LAMBDA, cg_steps=3)
+    gradient = a * (1 - ALPHA * a) * (x - c)
+    solved = gradient / (1 + a / LAMBDA)
+    solved[0, 1] = gradient[0, 1]
+    torch.testing.assert_close(theta["x"].grad, solved.sum(1, keepdim=True))
+
+
+def test_conjugate_gradients_keep_what_they_have_where_a_later_direction_is_not_convex():
+    # A = diag(1, −2), b = (2, 1): bᵀAb = 2, step 5/2, x = (5, 2.5), residual (−3, 6), next direction (−3, 6) + 9b
+    # = (15, 15), whose curvature is −225. The second system, A = diag(1, 4), is solved beside it.
+    a = torch.tensor([[[1.0, -2.0], [1.0, 4.0]]], dtype=torch.float64)
+    b = torch.tensor([[[2.0, 1.0], [2.0, 1.0]]], dtype=torch.float64)
+    for steps in (2, 5):
+        x = conjugate_gradients(lambda v: a * v, b, steps)
+        torch.testing.assert_close(x[0, 0], torch.tensor([5.0, 2.5], dtype=torch.float64))
+        torch.testing.assert_close(x[0, 1], torch.tensor([2.0, 0.25], dtype=torch.float64))
+
+
+def test_imaml_at_a_minimum_is_zero_and_not_nan():
+    _, _, x, _ = quadratics()
+    theta = {"x": x.clone().requires_grad_()}
+    imaml(theta, lambda params: (params["x"] - x).square().expand(S, M), ALPHA, M, 2, LAMBDA, cg_steps=3)
+    assert torch.equal(theta["x"].grad, torch.zeros_like(x))
+
+
+def test_imaml_where_the_loss_is_linear_in_one_parameter_leaves_that_gradient_as_it_is():
+    a, c, x, quadratic = quadratics()
+    theta = {"x": x.clone().requires_grad_(), "y": x.clone().requires_grad_()}
+    imaml(theta, lambda params: quadratic(params) + 3 * params["y"], ALPHA, M, 0, LAMBDA, cg_steps=2)
+    torch.testing.assert_close(theta["y"].grad, torch.full_like(x, 3.0 * M))
+    torch.testing.assert_close(theta["x"].grad, (a * (x - c) / (1 + a / LAMBDA)).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lambda_of_each_run_gives_the_bits_that_its_number_gives_alone(dtype):
+    numbers = [2.1, 0.7]  # neither is exact in float32 or float64
+    theta, task_loss = regression(dtype=dtype)
+    lambda_ = torch.tensor(numbers, dtype=torch.float64)[:, None]  # (S, 1)
+    imaml(theta, task_loss, ALPHA, M, inner_steps=2, lambda_=lambda_)
+    for s, number in enumerate(numbers):
+        expected, _ = regression(dtype=dtype)
+        imaml(expected, task_loss, ALPHA, M, inner_steps=2, lambda_=number)
+        for key in theta:
+            assert theta[key].grad.dtype == dtype and torch.equal(theta[key].grad[s], expected[key].grad[s])
+    assert not torch.equal(theta["w"].grad[0], expected["w"].grad[0])  # the runs' numbers do differ
+
+
+def test_mistaken_calls_of_imaml_are_refused():
+    theta, task_loss = regression()
+    for lambda_ in (0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, 2.0])):
+        shown = re.escape(str(lambda_.tolist() if torch.is_tensor(lambda_) else lambda_))
+        with pytest.raises(ValueError, match=f"proximal: lambda_ is {shown}; expected a finite number > 0"):
+            imaml(theta, task_loss, ALPHA, M, lambda_=lambda_)
+    with pytest.raises(ValueError, match="imaml: cg_steps is -1; expected a whole number >= 0"):
+        imaml(theta, task_loss, ALPHA, M, cg_steps=-1)
+    with pytest.raises(ValueError, match=r"the loss \(2, 1\); expected a loss \(S, M\)"):
+        imaml(theta, lambda params: task_loss(params).sum(1, keepdim=True), ALPHA, M)
+    start = expand(theta, M)
+    with pytest.raises(ValueError, match=r"the loss \(2,\); expected a loss \(S, M\)"):
+        adapt(start, proximal(lambda params: task_loss(params).sum(1), start, LAMBDA), ALPHA)
+
+
+RHO = 0.3
+
+
+def two_parameters():
+    """L = ½ a (x − c)² + ½ b ‖y‖² with x (S, 1) and y (S, 1, 2): θ, the loss, and MAML's meta-gradient by hand."""
+    a, c, x, quadratic = quadratics()
+    b = a.flip(1) + 0.2
+    y = torch.stack([x, -2 * x], 2)
+
+    def task_loss(params):
+        return quadratic(params) + 0.5 * b * params["y"].square().sum(2)
+
+    def meta_gradient(x, y):  # one inner step shrinks x − c by 1 − αa and y by 1 − αb
+        by_x = (a * (1 - ALPHA * a) ** 2 * (x - c)).sum(1, keepdim=True)
+        by_y = ((b * (1 - ALPHA * b) ** 2).sum(1, keepdim=True))[..., None] * y
+        return by_x, by_y
+
+    return {"x": x.clone().requires_grad_(), "y": y.clone().requires_grad_()}, task_loss, meta_gradient
+
+
+def ascended(x, y, meta_gradient, rho=RHO):
+    """θ + ρ g/‖g‖, one norm for each run, over the three numbers of x and y."""
+    by_x, by_y = meta_gradient(x, y)
+    norm = (by_x**2 + (by_y**2).sum(2)).sqrt()
+    return x + rho * by_x / norm, y + rho * by_y / norm[..., None]
+
+
+def test_sharp_maml_is_derived_by_hand_on_quadratics():
+    theta, task_loss, meta_gradient = two_parameters()
+    before = {key: p.detach().clone() for key, p in theta.items()}
+    sharp(maml, RHO)(theta, task_loss, ALPHA, M)
+    by_x, by_y = meta_gradient(*ascended(before["x"], before["y"], meta_gradient))
+    torch.testing.assert_close(theta["x"].grad, by_x)
+    torch.testing.assert_close(theta["y"].grad, by_y)
+    assert all(torch.equal(p, before[key]) and p.is_leaf for key, p in theta.items())
+
+
+def test_the_delta_step_comes_before_both_gradients_of_sharp_maml():
+    theta, task_loss, meta_gradient = two_parameters()
+    x, y = ((1 - 0.05) * p.detach() for p in theta.values())  # θ − δθ, of the medium loss ½‖θ‖²
+
+    def medium_loss(params):
+        return 0.5 * (params["x"].square() + params["y"].square().sum(2))
+
+    directed(sharp(maml, RHO), 0.05)(theta, medium_loss, task_loss, ALPHA, M)
+    by_x, by_y = meta_gradient(*ascended(x, y, meta_gradient))
+    torch.testing.assert_close(theta["x"].grad, by_x)
+    torch.testing.assert_close(theta["y"].grad, by_y)
+    torch.testing.assert_close(theta["x"].detach(), x)
+    torch.testing.assert_close(theta["y"].detach(), y)
+
+
+def test_rho_zero_changes_nothing_and_costs_nothing():
+    results, calls = [], []
+    for learner in (maml, sharp(maml, 0.0)):
+        theta, task_loss = regression()
+        count = []
+        learner(theta, lambda params, n=count, loss=task_loss: n.append(1) or loss(params), ALPHA, M)
+        results.append([p.detach() for p in theta.values()] + [p.grad for p in theta.values()])
+        calls.append(len(count))
+    assert all(torch.equal(plain, with_rho) for plain, with_rho in zip(*results, strict=True))
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sharp_is_the_learner_at_the_perturbed_theta_for_every_learner(name):
+    learner = LEARNERS[name].function
+    theta, task_loss = regression()
+    moved, _ = regression()
+    alpha, moved_alpha = alpha_of(name, theta), alpha_of(name, moved)
+    sharp(learner, RHO)(theta, task_loss, alpha, M)
+    learner(moved, task_loss, moved_alpha, M)
+    norms = sum(p.grad.square().sum((1, 2, 3), keepdim=True) for p in moved.values()).sqrt()
+    moved = {key: (p + RHO * p.grad / norms).detach().requires_grad_() for key, p in moved.items()}
+    learner(moved, task_loss, moved_alpha, M)
+    for key, p in theta.items():
+        torch.testing.assert_close(p.grad, moved[key].grad, rtol=1e-10, atol=1e-12)
+        if LEARNERS[name].learns_alpha:
+            assert torch.equal(alpha[key], torch.full_like(alpha[key], ALPHA))  # not perturbed
+            torch.testing.assert_close(alpha[key].grad, moved_alpha[key].grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_run_whose_meta_gradient_is_zero_is_not_perturbed():
+    _, _, x, _ = quadratics()
+    goal = torch.tensor([[0.0], [1.0]], dtype=torch.float64) + x  # the first run is at its minimum
+    theta = {"x": x.clone().requires_grad_()}
+    sharp(maml, RHO)(theta, lambda params: 0.5 * (params["x"] - goal).square().expand(S, M), ALPHA, M)
+    expected = M * (1 - ALPHA) ** 2 * torch.tensor([[0.0], [-1.0 - RHO]], dtype=torch.float64)  # away from the goal
+    torch.testing.assert_close(theta["x"].grad, expected)
+
+
+def test_theta_is_restored_where_the_second_meta_gradient_fails():
+    theta, task_loss = regression()
+    before = {key: p.detach().clone() for key, p in theta.items()}
+    calls = []
+
+    def failing(params):
+        calls.append(params)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return task_loss(params)
+
+    with pytest.raises(KeyboardInterrupt):
+        sharp(maml, RHO)(theta, failing, ALPHA, M)
+    assert all(torch.equal(p, before[key]) for key, p in theta.items())
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_a_rho_that_makes_no_sense_is_refused(rho):
+    with pytest.raises(ValueError, match=f"sharp: rho is {rho}; expected a finite number >= 0"):
+        sharp(maml, rho)
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_no_learner_waits_for_a_number_of_the_device(name):
+    """On torch's device "meta" a tensor has no values: asking for one is an error, as it is in a CUDA graph."""
+    row, steps = LEARNERS[name], 2
+    own = {"lambda_": torch.ones(S, 1, device="meta"), "step_weights": torch.ones(steps, device="meta")}
+    options = {key: x for key, x in own.items() if key in row.function.__code__.co_varnames}
+    theta = {"w": torch.ones(S, 1, 4, device="meta", requires_grad=True)}
+    alpha = alpha_of(name, theta, torch.ones(S, 1, device="meta"), steps)
+    learner = sharp(row.function, RHO) if row.sharp else row.function
+
+    def task_loss(params):
+        return params["w"].tanh().square().sum(2)
+
+    directed(learner, torch.ones(S, device="meta"))(theta, task_loss, task_loss, alpha, M, steps, **options)
+    assert theta["w"].grad.shape == theta["w"].shape

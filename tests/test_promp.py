@@ -12,6 +12,7 @@ import checkpoints
 import envs
 import policies
 import run
+from harness.start import first_state
 from tests.commands import refused, rows, train
 from tests.noise import noise_of, rollout_of, tasks_of
 from tests.test_policies import HEADS, K, M, S, example
@@ -168,7 +169,7 @@ def test_an_epoch_is_promp_written_as_loops_over_outer_steps_and_tasks(tmp_path,
     settings = checkpoints.load(folder(tmp_path, algo) / "checkpoint.pt")["settings"]
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
-    theta = run.first_state(settings, env)["theta"]
+    theta = first_state(settings, env)["theta"]
     phi = tasks_of(env, [1], run.TASKS, 2)
     noises = [noise_of(env, [1], run.TASKS, 2, 3, call) for call in (1, 2)]
     options = {"gamma": 0.99, "baseline": "step"}

@@ -20,7 +20,7 @@ def case(seed):
     S, M, K, H, D = [rng.randint(1, high) for high in (3, 4, 4, 9, 5)]
     head = policies.Categorical(rng.randint(2, 4)) if rng.random() < 0.5 else policies.Gaussian(rng.randint(1, 3))
     hidden = [rng.randint(1, 8) for _ in range(rng.randint(0, 3))]
-    rl, learner = rng.choice(list(policies.LOSSES)), rng.choice(list(maml.META_LEARNERS))
+    rl, learner = rng.choice(list(policies.LOSSES)), rng.choice(list(maml.LEARNERS))
     options = {"estimator": rng.choice(policies.ESTIMATORS), "baseline": rng.choice(policies.BASELINES), "gamma": 0.9}
     K += K == 1 and options["baseline"] != "task"  # the other baselines compare trajectories
     theta = policies.init(D, head, uniform_of(range(seed, seed + S)), hidden, critic=rl == "ac")
@@ -45,14 +45,15 @@ def meta_gradient(theta, batch, loss, learner, alpha=0.1):
     """The meta-gradient of every parameter with the batch as every step's data, and each task's adapted loss."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in theta.items()}
     num_tasks = batch["mask"].shape[1]
-    step = maml.learned_alpha(leaves, alpha) if learner == "meta-sgd" else alpha
+    row = maml.LEARNERS[learner]
+    step = maml.learned_alpha(leaves, alpha) if row.learns_alpha else alpha
     losses = []
 
     def task_loss(params):
         losses.append(loss(params, batch))
         return losses[-1]
 
-    maml.META_LEARNERS[learner](leaves, task_loss, step, num_tasks, inner_steps=2)
+    row.function(leaves, task_loss, step, num_tasks, inner_steps=2)
     return {name: p.grad for name, p in leaves.items()}, losses[-1].detach()
 
 

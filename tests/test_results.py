@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.settings import SETTINGS
 from results import check, directions, fill, steps
-from settings import SETTINGS
 
 RUN_ALL = Path(check.__file__).parent / "run_all.sh"
 

@@ -11,10 +11,9 @@ import torch
 
 import policies
 import run
-import settings
 from checkpoints import TABLES, Run
-from harness import measures, optimizers
-from settings import ALGORITHMS, ALL_SETTINGS
+from harness import measures, optimizers, settings
+from harness.settings import ALL_SETTINGS, algorithms
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 
 PENDULUM = ["--param", "g", "--range", "5", "15"]
@@ -265,9 +264,9 @@ def test_without_a_terminal_a_line_every_30_seconds_tells_the_time_left_over_all
 
 @pytest.mark.parametrize(("env", "rl"), [("cartpole", "pg"), ("point", "ac"), ("velocity", "pg")])
 def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl):
-    train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(ALGORITHMS), epochs=2)
+    train(tmp_path, "--rl", rl, "--seed", 1, 2, "--eval-steps", 3, env=env, algo=" ".join(algorithms()), epochs=2)
     root = tmp_path / f"{env}-{rl}"
-    for algo in ALGORITHMS:
+    for algo in algorithms():
         delta = "delta0.0015" if env == "velocity" else "delta0.005"
         folder = root / algo / (delta if algo.startswith("directed") else "") / "seed2"
         assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "eval.csv", "log.csv"]
@@ -282,7 +281,7 @@ def test_every_algorithm_trains_logs_evaluates_and_is_reported(tmp_path, env, rl
         config = json.loads((folder / "config.json").read_text())
         assert config["seed"] == 2 and config["algo"] == algo
     text = (root / "report.md").read_text(encoding="utf-8")
-    assert all(f"| {algo} | 2 |" in text for algo in ALGORITHMS)
+    assert all(f"| {algo} | 2 |" in text for algo in algorithms())
 
 
 def test_env_steps_count_what_was_sampled(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from harness import runs
-from settings import ALL_SETTINGS, UNDIRECTED
+from harness.settings import ALL_SETTINGS
+from maml import LEARNERS
 
 GRAVITY, GOAL = ("gravity (m/s²)",), ("goal x (m)", "goal y (m)")
 TASKS = {GRAVITY: ["5", "10", "15"], GOAL: ["-1 0", "0 0", "0 1", "0 -1", "1 0"]}
@@ -134,8 +135,8 @@ def test_numbers_written_as_1_and_1_0_are_the_same_and_close_ones_are_not(tmp_pa
 
 
 def test_an_algorithm_that_is_not_in_the_table_stands_after_those_that_are(tmp_path):
-    labels = labels_of(*((algo, {}) for algo in ("directed-a-maml", "a-maml", *UNDIRECTED)), root=tmp_path)
-    assert labels == [*UNDIRECTED, "a-maml", "directed-a-maml"]
+    labels = labels_of(*((algo, {}) for algo in ("directed-a-maml", "a-maml", *LEARNERS)), root=tmp_path)
+    assert labels == [*LEARNERS, "a-maml", "directed-a-maml"]
 
 
 def test_a_long_value_is_cut(tmp_path):

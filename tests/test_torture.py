@@ -6,7 +6,7 @@ import pytest
 
 import run
 from bench import fuzz, torture
-from settings import ALL_SETTINGS
+from harness.settings import ALL_SETTINGS
 
 
 def test_random_command_lines_train_or_end_in_one_clear_line():

@@ -1,7 +1,7 @@
-"""Settings: the one table of flags, and how a command line becomes the task family and the settings of each run.
+"""Settings: the one table of flags, and how a command line becomes the task family and each run's settings.
 
-A new flag is one row of `SETTINGS`. The parser, --help, the checks, config.json, what a checkpoint is checked with and
-the README's table of flags come from it.
+A new flag is one row of `SETTINGS`. The parser, --help, the checks, config.json, what a checkpoint is
+checked with and the README's table of flags come from it.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import envs
@@ -24,24 +25,41 @@ from harness.device import memory
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a flag does nothing without, in words. holds: (args, algo) -> whether it is there."""
+
+    words: str
+    holds: Callable
+
+
+@dataclass(frozen=True)
 class Setting:
-    """A flag of the command line. needs: what it does nothing without, a key of NEEDS."""
+    """A flag of the command line."""
 
     name: str
-    help: str
+    help: str  # {choices} stands for what it may be
     example: str = ""
     type: Callable = str  # of one value; bool: a switch
-    default: object = None  # where neither envs.ENVS nor ALGORITHM_DEFAULTS has another
+    default: object = None  # where neither envs.ENVS nor maml.LEARNERS has another
     shown: str = ""  # the default in words, where it is no value
     nargs: str | None = None
-    choices: tuple = ()
-    needs: str = ""
+    choices: tuple | Callable = ()  # the words it takes, or a function of them, for a table that grows
+    needs: Need | None = None  # what it does nothing without: it is refused, and None in runs without
+    kept: bool = False  # in runs without what it needs it has a value all the same
     identity: bool = True  # part of what makes a run that run: it cannot change on --resume
     letter: str = ""  # the paper's, for the lines of a report
 
     @property
     def flag(self):
         return checkpoints.flag_of(self.name)
+
+    @property
+    def words(self):
+        return tuple(self.choices() if callable(self.choices) else self.choices)
+
+    @property
+    def text(self):
+        return self.help.replace("{choices}", ", ".join(self.words))
 
 
 def wrong(text, expected):
@@ -73,37 +91,92 @@ def seeds(text):
     first, dash, last = text.partition("-")
     if not (first and dash):
         return number(int, 0)(text)
-    all_of_them = range(number(int, 0)(first), number(int, 0)(last) + 1)
+    try:
+        all_of_them = range(number(int, 0)(first), number(int, 0)(last) + 1)
+    except argparse.ArgumentTypeError as error:
+        raise wrong(text, "expected FIRST-LAST, two whole numbers >= 0") from error
     if not 0 < all_of_them.stop - all_of_them.start <= 10**6:
         raise argparse.ArgumentTypeError(f"{text!r}: expected FIRST-LAST, at least one seed and at most a million")
     return all_of_them
 
 
+# --- algorithms: the learners of maml.py, each with and without the δ-step ---
+
+
+def algorithms():
+    return (*maml.LEARNERS, *("directed-" + name for name in maml.LEARNERS))
+
+
+def is_directed(algo):
+    return algo.startswith("directed-")
+
+
+def learner_of(algo):
+    """The algorithm's row of maml.LEARNERS."""
+    return maml.LEARNERS[algo.removeprefix("directed-")]
+
+
+def both(first, second):
+    return Need(
+        f"{first.words}, and {second.words}",
+        lambda args, algo: first.holds(args, algo) and second.holds(args, algo),
+    )
+
+
+def owner_of(name):
+    """The need of a setting that is some learners' own: one of those."""
+    owners = [algo for algo in algorithms() if name in learner_of(algo).settings]
+    return Need(
+        f"the algorithm {' or '.join(owners)}",
+        lambda args, algo: name in learner_of(algo).settings,
+    )
+
+
+DIRECTED = Need(
+    "an algorithm that begins with directed-",
+    lambda args, algo: is_directed(algo),
+)
+LEARNED_ALPHA = Need(
+    "an algorithm whose α is learned",
+    lambda args, algo: learner_of(algo).learns_alpha,
+)
+FIXED_ALPHA = Need(
+    "an algorithm whose α is not learned",
+    lambda args, algo: not learner_of(algo).learns_alpha,
+)
+SHARP = Need(
+    "an algorithm with sharp- in its name",
+    lambda args, algo: learner_of(algo).sharp,
+)
+ADAPTING = Need("--inner-steps 1 or more", lambda args, algo: args.inner_steps != 0)
+ACTOR_CRITIC = Need("--rl ac", lambda args, algo: args.rl == "ac")
+WHITENED = Need("--advantages whitened", lambda args, algo: args.advantages != "raw")
+WATCH = Need("--watch RUN", lambda args, algo: args.watch is not None)
+SEVERAL_STEPS = Need("--inner-steps 2 or more", lambda args, algo: args.inner_steps != 1)
+REPLAYING = both(
+    Need("--outer-steps 2 or more", lambda args, algo: (args.outer_steps or 1) > 1),
+    Need("a learner other than reptile", lambda args, algo: learner_of(algo).losses_after > 0),
+)
+
+
+def has_second_order_terms(args, algo):
+    """Whether the meta-gradient sees a Hessian, which is all that estimators differ in."""
+    learner = learner_of(algo)
+    if learner.proximal:
+        return args.cg_steps != 0
+    moves = learner.learns_alpha or args.alpha not in (0, [0])
+    return learner.second_order and args.inner_steps != 0 and moves
+
+
+SECOND_ORDER = Need(
+    "an algorithm whose meta-gradient has second-order terms, e.g. maml, and inner steps",
+    has_second_order_terms,
+)
+
+# --- the table ---
+
 OPTIMIZERS = ("sgd", "adam")
-UNDIRECTED = (*maml.META_LEARNERS, "imaml", "sharp-maml", "sharp-fomaml")
-ALGORITHMS = (*UNDIRECTED, *("directed-" + name for name in UNDIRECTED))
-LEARNED_ALPHA = ("meta-sgd", "maml++")  # these, with and without the δ-step, learn α
-# Paper: β for every learner. Here: ε = 1 for Reptile, since ε = 0.001 moves θ by 1e-6 ∇; 5 steps of α add up to M·β.
-# MAML++ is about several inner steps: with one it is Meta-SGD.
-ALGORITHM_DEFAULTS = {"reptile": {"beta": 1.0, "inner_steps": 5}, "maml++": {"inner_steps": 2}}
-NEEDS = {
-    "an algorithm that begins with directed-": lambda args, algo: algo.startswith("directed-"),
-    "an algorithm whose α is learned": lambda args, algo: algo.endswith(LEARNED_ALPHA),
-    "--rl ac": lambda args, algo: args.rl == "ac",
-    "--watch RUN": lambda args, algo: args.watch is not None,
-    "--advantages whitened": lambda args, algo: args.advantages != "raw",
-    "--inner-steps 1 or more": lambda args, algo: args.inner_steps != 0,
-    "an algorithm whose α is not learned": lambda args, algo: not algo.endswith(LEARNED_ALPHA),
-    "the algorithm imaml or directed-imaml": lambda args, algo: algo.endswith("imaml"),
-    "the algorithm maml++ or directed-maml++": lambda args, algo: algo.endswith("maml++"),
-    "an algorithm with sharp- in its name": lambda args, algo: "sharp-" in algo,
-    "--outer-steps 2 or more, and a learner other than reptile": lambda args, algo: (
-        (args.outer_steps or 1) > 1 and not algo.endswith("reptile")
-    ),
-}
 SWEPT = ("alpha", "beta", "delta", "seed")  # settings of which a command may give several values
-DIRECTED, LEARNS_ALPHA, ACTOR_CRITIC, WATCH, WHITENED, ADAPTING, FIXED_ALPHA, *OWN = NEEDS
-IMAML, MAML_PLUS_PLUS, SHARP, REPLAYING = OWN
 count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 0, above=True)
 # fmt: off
 SETTINGS = {
@@ -123,8 +196,7 @@ SETTINGS = {
                 identity=False),
     ],
     "algorithm": [
-        Setting("algo", f"one or several of {', '.join(ALGORITHMS)}", "maml directed-maml", nargs="+",
-                choices=ALGORITHMS),
+        Setting("algo", "one or several of {choices}", "maml directed-maml", nargs="+", choices=algorithms),
         Setting("rl", "pg: policy gradient; ac: actor-critic", "ac", default="pg", choices=tuple(policies.LOSSES)),
         Setting("seed", "one or several, all trained at once; 1-10 is ten", "1 2 3 4 5", seeds, 1, nargs="+"),
         Setting("epochs", "E", "1000", count, 500, identity=False),
@@ -155,17 +227,18 @@ SETTINGS = {
                 "over the threshold", "decay", default="constant", choices=("constant", "decay", "converged"),
                 needs=DIRECTED),
         Setting("beta_alpha", "outer step size of a learned α", "0.001", step_size, None, "α times β",
-                needs=LEARNS_ALPHA),
+                needs=LEARNED_ALPHA),
     ],
     "settings of single algorithms": [
         Setting("lambda_", "λ of iMAML's inner objective L + λ/2 ‖θ' − θ‖²", "100", step_size, None, "1 / α",
-                needs=IMAML, letter="λ"),
+                needs=owner_of("lambda_"), letter="λ"),
         Setting("cg_steps", "steps of conjugate gradients for iMAML's meta-gradient; 0: no Hessian", "10",
-                number(int, 0, 10**9), 1, needs=IMAML),
+                number(int, 0, 10**9), 1, needs=owner_of("cg_steps")),
         Setting("first_order_epochs", "first epochs of MAML++ with first-order meta-gradients", "0",
-                number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
+                number(int, 0, 10**9), 50, needs=owner_of("first_order_epochs")),
         Setting("multi_step_epochs", "MAML++ weighs the losses after all inner steps alike at first, the last alone "
-                "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50, needs=MAML_PLUS_PLUS),
+                "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50,
+                needs=both(owner_of("multi_step_epochs"), SEVERAL_STEPS)),
         Setting("rho", "radius ρ of Sharp-MAML: the meta-gradient g is taken at θ + ρ g/‖g‖; 0: at θ", "0.01", size,
                 0.05, needs=SHARP, letter="ρ"),
     ],
@@ -176,7 +249,7 @@ SETTINGS = {
         Setting("gae_lambda", "λ of generalised advantage estimation", "1", number(float, 0, 1), 0.95,
                 needs=ACTOR_CRITIC),
         Setting("estimator", "of the meta-gradient's second-order terms", "dice", default="lvc",
-                choices=policies.ESTIMATORS),
+                choices=policies.ESTIMATORS, needs=SECOND_ORDER, kept=True),
         Setting("advantages", "whitened: divided by their standard deviation, γᵗ dropped; raw: Eq. 1b and 2a to the "
                 "letter, with γᵗ and without a baseline", "raw", default="whitened", choices=policies.ADVANTAGES),
         Setting("baseline", "what is subtracted from the advantages: each task's mean, each time step's, or linear: a "
@@ -209,8 +282,8 @@ SETTINGS = {
         Setting("threads", "CPU threads; more than one pays only in large sweeps", "4", number(int, 1, 1024), 1,
                 identity=False),
         Setting("out", "folder of all runs", "../runs", Path, Path("runs"), identity=False),
-        Setting("like", "take every setting of that run from its config.json; other flags override it",
-                "runs/cartpole-pg/maml/seed1 --seed 2", Path, identity=False),
+        Setting("like", "take all settings that make that run what it is, not --epochs and the like, from its "
+                "config.json; other flags override them", "runs/cartpole-pg/maml/seed1 --seed 2", Path, identity=False),
         Setting("resume", "continue runs that exist, e.g. with more --epochs", type=bool, identity=False),
         Setting("overwrite", "start runs that exist again", type=bool, identity=False),
         Setting("quiet", "no progress, only errors", type=bool, identity=False),
@@ -222,10 +295,11 @@ ALL_SETTINGS = {setting.name: setting for settings in SETTINGS.values() for sett
 
 def default_of(setting, env=None, algo=""):
     """A setting's default for a task family (None: a gymnasium id) and an algorithm."""
-    own = ALGORITHM_DEFAULTS.get(algo.removeprefix("directed-"), {})
     if setting.name == "horizon":
         return env.horizon if env else None
-    return own.get(setting.name, env.defaults.get(setting.name, setting.default) if env else setting.default)
+    default = env.defaults.get(setting.name, setting.default) if env else setting.default
+    learner = maml.LEARNERS.get(algo.removeprefix("directed-"))  # None: none, or that of a run made elsewhere
+    return learner.defaults.get(setting.name, default) if learner else default
 
 
 def shown_default(setting):
@@ -236,7 +310,7 @@ def shown_default(setting):
 
     general = default_of(setting)
     others = {name: default_of(setting, env) for name, env in envs.ENVS.items()}
-    others |= {algo: default_of(setting, algo=algo) for algo in ALGORITHM_DEFAULTS}
+    others |= {algo: default_of(setting, algo=algo) for algo in maml.LEARNERS}
     names = defaultdict(list)
     for name, value in others.items():
         if value != general:
@@ -250,13 +324,11 @@ class Parser(argparse.ArgumentParser):
         raise RunError(f"{message} (see --help)", 2)
 
 
-def parse(argv, follow_like=True):
-    """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it.
-
-    follow_like: the settings of the run that --like names stand before the rest, which overrides them.
-    """
+def parse(argv):
+    """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it."""
     parser = Parser(
         prog="run.py",
+        allow_abbrev=False,
         description="Train, evaluate and report Directed-MAML and its peers.",
         epilog="example: python run.py --env cartpole --algo directed-maml --seed 1 2 3 4 5 --delta 0 0.001 0.005 0.01",
     )
@@ -267,15 +339,19 @@ def parse(argv, follow_like=True):
                 section.add_argument(setting.flag, action="store_true", help=setting.help)
                 continue
             default = shown_default(setting)
-            text = setting.help + f" (default {default})" * bool(default) + f"; e.g. {setting.flag} {setting.example}"
-            kind = one_of(setting.choices) if setting.choices else setting.type
-            shown = "{" + ",".join(setting.choices) + "}"
-            shown = shown if 0 < len(setting.choices) < 5 else setting.name.rstrip("_").upper()
+            shown_last = f" (default {default})" if default else ""
+            text = f"{setting.text}{shown_last}; e.g. {setting.flag} {setting.example}"
+            kind = one_of(setting.words) if setting.words else setting.type
+            few = 0 < len(setting.words) < 5
+            shown = "{" + ",".join(setting.words) + "}" if few else setting.name.rstrip("_").upper()
             section.add_argument(
                 setting.flag, dest=setting.name, type=kind, nargs=setting.nargs, metavar=shown, help=text
             )
     # argparse's own pattern takes -1. and -1e-05 for flags
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+    for flag, _, value in (word.partition("=") for word in argv):
+        if flag.startswith("--") and value == "--":  # which argparse takes for an empty list
+            parser.error(f"{flag}: expected a value, not --")
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
         before = [word for word in argv[: argv.index(unknown[0])] if word.startswith("--")]
@@ -284,10 +360,9 @@ def parse(argv, follow_like=True):
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
         parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
-    if args.like is not None and follow_like:
-        replaced = {other for name, other in INSTEAD.items() if getattr(args, name) is not None}
-        return parse([*words_of(args.like, replaced), *argv], follow_like=False)
     args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
+    if args.like is not None:
+        follow(args)
     check_pairs(args, parser.error)
     for setting in (*SETTINGS["evaluation"], *SETTINGS["running"]):  # these depend on nothing else
         if getattr(args, setting.name) is None:
@@ -299,21 +374,52 @@ def parse(argv, follow_like=True):
 INSTEAD = {"values": "range", "range": "values", "eval_values": "eval_range", "eval_range": "eval_values"}
 
 
-def words_of(folder, replaced):
-    """The settings of the run in a folder, from its config.json and without those `replaced`, as the words of a command
-    line."""
-    path = folder / "config.json"
+def follow(args):
+    """Fill in what the command line leaves open with the settings of the run that --like names."""
+    taken = settings_in(args.like)
+    env = taken.get("env", "")
+    if ":" in env and args.env is None:
+        raise RunError(f"--like {args.like}: runs the code of module {env}; if you trust it, give --env {env} too", 2)
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    open_ones = [name for name in taken if name not in given and INSTEAD.get(name) not in given]
+    for name in open_ones:
+        setattr(args, name, taken[name])
+    for name in open_ones:  # e.g. δ, where --algo says an undirected one instead
+        if not any(applies(ALL_SETTINGS[name], args, algo) for algo in args.algo or ()):
+            setattr(args, name, None)
+
+
+def settings_in(folder):
+    """What makes the run in a folder that run: {name: value} from its config.json, which may be a stranger's.
+
+    Each goes through its flag's own type, and none becomes a word of a command line.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "phi_names" not in config:
             raise ValueError("written by an earlier version of this code, or no run's")
-        replaced = {"device", *replaced} | ({"range"} if config.get("values") else set())  # which then says their ends
-        names = [name for name in ALL_SETTINGS if name not in replaced and config.get(name) is not None]
-        given = {ALL_SETTINGS[name]: config[name] for name in names if config[name] is not False}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        names = [setting.name for setting in ALL_SETTINGS.values() if setting.identity]
+        if config.get("values"):
+            names.remove("range")  # which then says their ends
+        if config.get("delta_schedule") == "converged":
+            names.append("threshold")
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        return {name: value_of(ALL_SETTINGS[name], value) for name, value in given.items()}
+    except (OSError, LookupError, TypeError, ValueError, RecursionError, argparse.ArgumentTypeError) as error:
         raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
-    values = {x: [] if value is True else value if isinstance(value, list) else [value] for x, value in given.items()}
-    return [word for setting, value in values.items() for word in (setting.flag, *map(str, value))]
+
+
+def value_of(setting, value):
+    """A value of config.json as `parse` gives it. Raises ValueError or ArgumentTypeError."""
+    several = value if isinstance(value, list) and setting.nargs else [value]
+    expected = {bool: bool, seeds: int}.get(setting.type, (str, int, float))
+    if not all(isinstance(x, expected) for x in several):
+        raise ValueError(f"{setting.name} is {str(value)[:100]}")
+    if setting.type is bool:
+        return value
+    kind = one_of(setting.words) if setting.words else setting.type
+    values = [kind(str(x)) for x in several]
+    return values if setting.nargs else values[0]
 
 
 def one_of(choices):
@@ -340,16 +446,18 @@ def check_pairs(args, error):
         error(f"--task-dist {args.task_dist}: not allowed with argument --values, of which all are equally likely")
     for setting in ALL_SETTINGS.values():
         values = getattr(args, setting.name)
-        if (
-            setting.needs
-            and values is not None
-            and not any(NEEDS[setting.needs](args, algo) for algo in args.algo or [""])
-        ):
-            raise RunError(f"{setting.flag} does nothing without {setting.needs}; leave it out, or add that", 2)
+        algos = args.algo or [next(iter(maml.LEARNERS))]  # none with --watch
+        if values is not None and not any(applies(setting, args, algo) for algo in algos):
+            needed = setting.needs.words
+            raise RunError(f"{setting.flag} does nothing without {needed}; leave it out, or add that", 2)
         if setting.name in ("algo", *SWEPT):
             names = [f"{x:.12g}" if isinstance(x, float) else x for x in values or ()]  # as folders are named
             if len(set(names)) < len(names):
                 raise RunError(f"{setting.flag} {' '.join(map(str, values))}: duplicate value", 2)
+
+
+def applies(setting, args, algo):
+    return setting.needs is None or setting.needs.holds(args, algo)
 
 
 # --- plan: from the command line to runs ---
@@ -387,33 +495,48 @@ def plan(args, algo, env):
     that do not apply to it."""
     settings = {}
     for setting in (x for x in ALL_SETTINGS.values() if x.identity):
-        applies = not setting.needs or NEEDS[setting.needs](args, algo)
         value = getattr(args, setting.name)
         value = default_of(setting, env, algo) if value is None else value
-        settings[setting.name] = (list(value) if isinstance(value, tuple) else value) if applies else None
+        value = list(value) if isinstance(value, tuple) else value
+        settings[setting.name] = value if setting.kept or applies(setting, args, algo) else None
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
     settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
     swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
-    if not algo.startswith("directed-"):
+    if not is_directed(algo):
         swept["delta"] = [None]
-    runs = []
+    learner, runs = learner_of(algo), []
     for values in itertools.product(*swept.values()):
         own = settings | dict(zip(swept, values, strict=True))
-        if not (own["alpha"] or own["eval_alpha"] or algo.endswith(LEARNED_ALPHA)):
+        if not (own["alpha"] or own["eval_alpha"] or learner.learns_alpha):
             own["eval_alpha"] = default_of(ALL_SETTINGS["alpha"], env, algo)
         check_run(own, args.beta_alpha)
-        if algo.endswith(LEARNED_ALPHA) and args.beta_alpha is None:
+        if learner.learns_alpha and args.beta_alpha is None:
             # Paper: α by β too. Here: α times β; at β = 0.001 every step moves α by many times its 0.001: it diverges.
             own["beta_alpha"] = own["alpha"] * own["beta"]
-        if algo.endswith("imaml") and args.lambda_ is None:
+        if learner.proximal and args.lambda_ is None:
             # Then α(∇L(θ') + λ(θ' − θ)) = α∇L(θ') + θ' − θ: every inner step is θ' ← θ − α∇L(θ'), as far as MAML's one.
             own["lambda_"] = 1 / own["alpha"]
         varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
         names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
         runs.append((folder_of_all(args) / algo / "/".join(names), own))
     return runs
+
+
+def before_flags(settings, env=None):
+    """What each setting was in runs from before its flag existed: its default where it applies.
+
+    settings: of such a run, or of the command that resumes it; env: its task family, if it is a listed one.
+    """
+    algo = settings["algo"]
+    args = SimpleNamespace(**dict.fromkeys(ALL_SETTINGS) | settings)
+    before = {}
+    for setting in (x for x in ALL_SETTINGS.values() if x.identity):
+        default = False if setting.type is bool else default_of(setting, env, algo)
+        default = list(default) if isinstance(default, tuple) else default
+        before[setting.name] = default if setting.kept or applies(setting, args, algo) else None
+    return before
 
 
 def check_run(settings, beta_alpha):
@@ -424,11 +547,12 @@ def check_run(settings, beta_alpha):
         raise RunError(
             f"--medium pooled: --trajectories {trajectories} is not a multiple of {tasks}; give one that is", 2
         )
-    if settings["inner_steps"] == 0 and algo.endswith(("reptile", "imaml", *LEARNED_ALPHA)):
+    learner = learner_of(algo)
+    if settings["inner_steps"] == 0 and not learner.joint_training:
         raise RunError(f"--inner-steps 0: {algo} learns from inner steps; for joint training give --algo maml", 2)
-    learned = algo.endswith(LEARNED_ALPHA)
-    if settings["alpha"] == 0 and (algo.endswith(("reptile", "imaml")) or (learned and beta_alpha is None)):
-        remedy = "--alpha above 0" + ", or --beta-alpha" * learned
+    alpha_grows = learner.learns_alpha and beta_alpha is not None
+    if settings["alpha"] == 0 and not (learner.joint_training or alpha_grows):
+        remedy = "--alpha above 0, or --beta-alpha" if learner.learns_alpha else "--alpha above 0"
         raise RunError(f"--alpha 0: {algo} would never take an inner step; give {remedy}", 2)
     if settings["outer_steps"] > 1 and settings["estimator"] != "lvc":
         steps = f"--outer-steps {settings['outer_steps']}"
@@ -475,7 +599,7 @@ def check_memory(args, env, device):
     params = sum(a * b for a, b in itertools.pairwise(sizes))
     activations = value("trajectories") * env.horizon * sum(sizes[1:])
     alike = math.prod(len(getattr(args, name) or [0]) for name in SWEPT if name != "delta")
-    runs = [alike * (len(args.delta or [0]) if algo.startswith("directed-") else 1) for algo in args.algo]
+    runs = [alike * (len(args.delta or [0]) if is_directed(algo) else 1) for algo in args.algo]
     at_once = sum(sorted(runs)[-1 if device == "cuda" else -max(args.workers, 1) :])  # the largest
     need = 4 * at_once * value("tasks") * (2 * params + 3 * activations)
     have = memory(device)
