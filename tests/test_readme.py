@@ -39,7 +39,10 @@ def shortened(words):
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory):
-    """(folder, names): the README's blocks have run there in order, those in Python in one session with these names."""
+    """(folder, names): the README's blocks have run there in order, those in Python in one session with these names.
+
+    The tests that use it run there too.
+    """
     folder, names = tmp_path_factory.mktemp("used"), {}
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -74,14 +77,13 @@ def test_its_commands_run_in_order(used):
         assert (folder / "runs/cartpole-pg" / path).exists()
 
 
-def test_a_trained_run_adapts_and_acts_as_it_says(used, monkeypatch):
-    folder, names = used
+def test_a_trained_run_adapts_and_acts_as_it_says(used):
+    _, names = used
     observations, actions, rewards = names["play"](names["policy"])
     assert set(actions) <= {0, 1} and len(actions) == len(rewards) and len(observations) - len(rewards) in (0, 1)
     before, after = names["run"].theta, names["policy"].theta
     assert before.keys() == after.keys() and any(not before[name].equal(after[name]) for name in before)
     [line] = re.findall(r'load\(".*?", trusted_env=".*?"\)', TEXTS[README])  # of the environment of one's own
-    monkeypatch.chdir(folder)
     assert eval(line, names).settings["env"] == "mine:Pole-v0"
 
 
@@ -173,6 +175,12 @@ def test_the_readme_has_at_most_220_lines():
     assert len(TEXTS[README].splitlines()) <= 220
 
 
+def test_its_first_line_with_pytest_is_the_command_that_sets_everything_up():
+    """.ci/run runs it as it stands."""
+    line = next(line for line in TEXTS[README].splitlines() if "pytest" in line)
+    assert line.startswith("python3 -m venv .venv && .venv/bin/pip install") and line.endswith("-m pytest -q")
+
+
 def test_no_command_makes_the_runs_of_one_above_it():
     made = set()
     given = [words for text in TEXTS.values() for words in commands(text)]
@@ -206,6 +214,12 @@ def test_links_lead_to_files_and_headings_that_exist(path):
         target = path.parent / name if name else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_all_modules_have_a_row_in_the_layout():
+    rows = re.findall(r"^\| `(.*?)` \|", TEXTS[REPOSITORY / "docs/layout.md"], re.MULTILINE)
+    harness = {f"harness/{path.name}" for path in REPOSITORY.glob("harness/*.py")} - {"harness/__init__.py"}
+    assert harness <= set(rows) and len(set(rows)) == len(rows)
 
 
 def test_all_pages_are_linked_from_the_readme():
