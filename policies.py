@@ -131,10 +131,10 @@ class Gaussian:
 
     Actions and noise are (B, N, size). The environment clips what falls outside the box; the density is that of the
     action before clipping, so ∇ log π is exact.
-    σ = m + x + √(x² + (1 − m)²) of a learned x, where m is `min_std`: at x = 0 it is 1 with slope 1, like exp(x). It
-    stays above m because the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when σ shrinks
-    further. Near m the slope falls as 1/x² only, so σ never freezes there, as it would if it were clipped. A square
-    root has the same bits in numpy and torch, and in any batch.
+    σ = m + (u + √(u² + 0.01)) / 2 with u = 1 − m + x of a learned x, where m is `min_std`: about 1 + x, and 1.005 at
+    x = 0. It stays above m because the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when
+    σ shrinks further. It comes near m within 0.1 of u = 0, so that policies do not stay noisy for long, and keeps a
+    slope there, so it never freezes, as it would if it were clipped. A square root has the same bits in any batch.
     """
 
     def __init__(self, size, min_std=0.5):
@@ -144,7 +144,8 @@ class Gaussian:
     def std(self, params, xp=torch):  # (B, 1, size)
         x = params["policy.raw_std"]
         x = x.reshape(-1, *x.shape[2:])
-        return self.min_std + x + xp.sqrt(x * x + (1 - self.min_std) ** 2)
+        u = 1 - self.min_std + x
+        return self.min_std + (u + xp.sqrt(u * u + 0.01)) / 2
 
     def sample(self, params, outputs, noise, xp=torch):
         return outputs + self.std(params, xp) * noise
@@ -215,14 +216,18 @@ def discounts(horizon, discount, dtype, device):
     return torch.where(ahead >= 0, float(discount) ** ahead.clamp(min=0).to(dtype), 0.0)
 
 
+ROUNDING = 32  # units in the last place: what a mean over many trajectories and sums over many steps leave of nothing
+
+
 def whiten(x, mask, baseline="task", obs=None):
     """x (S, M, K, H) less a baseline, over the standard deviation of that on the valid steps of each task; padding
-    becomes 0. The result is held constant in every derivative, so no estimator's Hessian is exact under whitening.
+    becomes 0, and so does a task whose deviation is below the rounding of x: there is nothing to learn from. The result
+    is held constant in every derivative, so no estimator's Hessian is exact under whitening.
 
     task: the task's mean. step: each time step's mean over the K trajectories first: rewards to go shrink as time runs
     out whatever the policy does, and that trend then is no longer taken for good and bad actions. Both means include
-    the trajectory that they are subtracted from, so the expected gradient (before the division) is a little short:
-    by 1/K exactly under "step"; under "task" by a reward-weighted share of 1/K (left: about 0.97 at K = 10, 0.8 at 2).
+    the trajectory that they are subtracted from, so the expected gradient (before the division) is a little short. For
+    K trajectories of T steps the reward of step u loses a share of 1/K under "step", of (u + 1)/(T K) under "task".
     linear: `linear_baseline` of obs (S, M, K, H, D), which leaves the trajectory out: no such factor, so no mean is
     subtracted after it.
     Raises ValueError for K = 1 under "step" and "linear".
@@ -230,15 +235,17 @@ def whiten(x, mask, baseline="task", obs=None):
     if baseline != "task" and x.shape[2] == 1:
         raise ValueError(f"baseline {baseline!r} compares trajectories of a task, and there is one; give 2 or more")
     mask = mask.to(x)
-    if baseline == "step":
-        x = x - (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
     count = mask.sum((2, 3), keepdim=True).clamp(min=1)
     if baseline == "linear":
         centred = (x - linear_baseline(x, mask, obs)) * mask
     else:
-        centred = (x - (x * mask).sum((2, 3), keepdim=True) / count) * mask
-    std = (centred.square().sum((2, 3), keepdim=True) / count).sqrt()
-    return centred / (std + 1e-8)
+        centred = x
+        if baseline == "step":
+            centred = x - (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
+        centred = (centred - (centred * mask).sum((2, 3), keepdim=True) / count) * mask
+    std, size = (((y * mask).square().sum((2, 3), keepdim=True) / count).sqrt() for y in (centred, x))
+    constant = std <= ROUNDING * torch.finfo(x.dtype).eps * size  # not a number is not
+    return torch.where(constant, 0.0, centred / (std + 1e-8))
 
 
 def linear_baseline(x, mask, obs, ridge=1e-5):

@@ -191,7 +191,7 @@ def test_one_gradient_step_on_a_crossing_learns_for_that_crossing_more_than_for_
     with torch.no_grad():  # a policy between the two plans: 9.75 m/s everywhere
         theta["policy.2.weight"].zero_()
         theta["policy.2.bias"].fill_(9.75 / 7.5 - 1)
-        theta["policy.raw_std"].fill_(-2.475)  # σ = 0.55
+        theta["policy.raw_std"].fill_(-0.5)  # u = 0: σ = 0.55
     phi = torch.tensor([[[7.0], [13.0]]])
     returns = []
 
