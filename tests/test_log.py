@@ -1,9 +1,9 @@
 """What an epoch leaves to log: seconds and rows, and when the rows reach the disk."""
 
 import pytest
+from checkpoints import Run
 
 import run
-from checkpoints import Run
 from harness import log
 from tests.commands import rows
 from tests.test_device import make_batch
