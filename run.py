@@ -44,7 +44,7 @@ CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with one_clear_line() as ranks:
+    with one_clear_line(argv) as ranks:
         args = parse(argv)
         if args.watch is not None:
             return print(watch.watch(args.watch, args.phi, args.env))

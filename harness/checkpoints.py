@@ -1,7 +1,9 @@
-"""A training run on the disk: its folder and lock, files that are never half-written, checkpoints and how they resume.
+"""A training run on the disk: its folder and lock, files that are never half-written, checkpoints
+and how they resume.
 
-A run's checkpoint holds everything: θ, the optimiser's state, and the rows of log.csv and eval.csv. The two CSV files
-are views of it for people and the report: rows are appended as training goes, and --resume writes them anew.
+A run's checkpoint holds everything: θ, the optimiser's state, and the rows of log.csv and eval.csv.
+The two CSV files are views of it for people and the report: rows are appended as training goes, and
+--resume writes them anew.
 """
 
 import contextlib
@@ -48,21 +50,23 @@ class RunError(Exception):
 
 @dataclass(eq=False)  # a run is itself; comparing states would compare tensors
 class Run:
-    """One training run. settings: what makes it this run, plain numbers and words. state: how far it has come, with
+    """One training run. settings: what makes it this run, plain numbers and words.
 
-    format, settings, epoch, theta (a dict of leaves (1, 1, ...)), alpha (the same where it is learned, or {}),
-    optimizer ({index of the parameter: its tensors}), totals (env_steps, seconds, ..), and the rows of log.csv and
-    eval.csv."""
+    state: how far it has come, with format, settings, epoch, theta (a dict of leaves (1, 1, ...)),
+    alpha (the same where it is learned, or {}), optimizer ({index of the parameter: its tensors}),
+    totals (env_steps, seconds, ..), and the rows of log.csv and eval.csv.
+    """
 
     folder: Path
     settings: dict
     state: dict
-    before_flags: dict = field(default_factory=dict)  # settings that a checkpoint from before their flags stands for
+    # what a checkpoint from before a flag stands for: {setting: its value}
+    before_flags: dict = field(default_factory=dict)
     place: tuple | None = None  # the `identity` of its folder, once it is locked
 
 
 def flag_of(name):
-    """The flag of a setting. One that cannot have its own name in Python has a _ after it: lambda_."""
+    """The flag of a setting. A name that Python keeps for itself has a _ after it: lambda_."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 
@@ -101,8 +105,8 @@ def write_atomically(path, data):
 
 
 def read_regular(path):
-    """The bytes of a file, or None where there is none. Raises RunError for what is no regular file, such as a FIFO,
-    which would be waited for without end, and for one that is too large."""
+    """The bytes of a file, or None where there is none. Raises RunError for what is no regular
+    file, such as a FIFO, which would be waited for without end, and for one that is too large."""
     try:
         with open(path, "rb", opener=without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -123,8 +127,13 @@ def without_waiting(path, flags):
 
 def csv_lines(rows):
     """Rows of None, words and numbers, floats to seven digits, as the text of a CSV file."""
-    shown = [["" if x is None else f"{x:.7g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return "".join(",".join(row) + "\n" for row in shown)
+    return "".join(",".join(map(cell, row)) + "\n" for row in rows)
+
+
+def cell(x):
+    if x is None:
+        return ""
+    return f"{x:.7g}" if isinstance(x, float) else str(x)
 
 
 def append_rows(run, table, rows):
@@ -140,14 +149,15 @@ def append_rows(run, table, rows):
 
 @contextlib.contextmanager
 def locked(folder, wait=False):
-    """Keep other processes from writing in this folder. The lock is on the folder itself, so there is no lock file, and
-    the system releases it however the process ends. There is none on Windows, nor where the file system has no locks.
+    """Keep other processes from writing in this folder. The lock is on the folder itself, so there
+    is no lock file, and the system releases it however the process ends. There is none on Windows,
+    nor where the file system has no locks.
     """
     if fcntl is None:
         yield
         return
     descriptor = lock(folder, wait)
-    while identity(os.fstat(descriptor)) != identity(os.stat(folder)):  # made anew while this process waited
+    while identity(os.fstat(descriptor)) != identity(os.stat(folder)):  # made anew meanwhile
         os.close(descriptor)
         descriptor = lock(folder, wait)
     try:
@@ -171,7 +181,7 @@ def lock(folder, wait):
 
 
 def identity(status):
-    """What tells a folder from another one of the same name: its number is not given again while it is locked."""
+    """What tells a folder from another of the same name. It is not given again while locked."""
     return status.st_dev, status.st_ino
 
 
@@ -184,12 +194,13 @@ def check_place(run):
 
 @contextlib.contextmanager
 def opened(runs, resume, overwrite, epochs):
-    """The runs' folders, locked for this process; with `resume` each run's state is that of its checkpoint.
-
-    Each run comes with the state that it begins with. Nothing is written before all are found good, and then nothing of
-    what they replace is left: a crash before the last of them trains must not leave it for a later --resume. Raises
-    RunError for a run that exists without `resume` or `overwrite`, is beyond `epochs`, has other settings, or a damaged
+    """The runs' folders, locked for this process; with `resume` each run's state is that of its
     checkpoint.
+
+    Each run comes with the state that it begins with. Nothing is written before all are found good,
+    and then nothing of what they replace is left: a crash before the last of them trains must not
+    leave it for a later --resume. Raises RunError for a run that exists without `resume` or
+    `overwrite`, is beyond `epochs`, has other settings, or a damaged checkpoint.
     """
     for run in runs:
         check_links(run)
@@ -219,7 +230,7 @@ def opened(runs, resume, overwrite, epochs):
 
 
 def check_links(run):
-    """Raises RunError where the folder of a run, of its swept settings or of its algorithm is a link to elsewhere."""
+    """Raises RunError where a run's folder, or one up to its algorithm's, is a link to elsewhere."""
     for folder in (run.folder, *run.folder.parents):
         if folder.is_symlink():
             raise RunError(f"{folder}: a link to another folder; remove it, or give another --out", 2)
@@ -234,21 +245,23 @@ def check_absent(run):
 
 
 def begin(run, config, evaluated):
-    """Make the run's folder ready for training from its state on. evaluated: the epochs at which an evaluation belongs;
-    one off the schedule, at what was the last epoch, is not one that a longer run would have made."""
+    """Make the run's folder ready for training from its state on. evaluated: the epochs at which an
+    evaluation belongs; one off the schedule, at what was the last epoch, is not one that a longer
+    run would have made."""
     (run.folder / FAILED).unlink(missing_ok=True)
     write_atomically(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
     run.state["eval"] = [row for row in run.state["eval"] if row[0] in evaluated]
     for table, columns in TABLES.items():
-        write_atomically(run.folder / f"{table}.csv", ",".join(columns) + "\n" + csv_lines(run.state[table]))
+        text = csv_lines([columns, *run.state[table]])
+        write_atomically(run.folder / f"{table}.csv", text)
 
 
 # --- checkpoints ---
 
 
 def save(runs):
-    """The checkpoints of runs that train together. All are complete beside their places before the first is put in its
-    place, so that a crash in between never parts the runs: see `roll_forward`."""
+    """The checkpoints of runs that train together. All are complete beside their places before the
+    first is put in its place, so that no crash in between parts the runs: see `roll_forward`."""
     for run in runs:
         check_place(run)
         write_durably(run.folder / PENDING, packed(run.state))
@@ -257,7 +270,7 @@ def save(runs):
 
 
 def packed(state):
-    """The bytes of a checkpoint: as torch saves it, and a last line with the checksum of that, which torch ignores."""
+    """The bytes of a checkpoint: torch's, and a last line with their checksum, which torch ignores."""
     data = io.BytesIO()
     torch.save(state, data)
     return with_checksum(data.getvalue())
@@ -271,8 +284,9 @@ CHECKSUM_LENGTH = len(with_checksum(b""))
 
 
 def roll_forward(runs):
-    """After a crash while checkpoints were put in place, some runs are at the new epoch, and all others have a complete
-    checkpoint of that epoch pending: put it in place, so that they continue together."""
+    """After a crash while checkpoints were put in place, some runs are at the new epoch, and all
+    others have a complete checkpoint of that epoch pending: put it in place, and they continue
+    together."""
     for algo in {run.settings["algo"] for run in runs}:
         together = [run for run in runs if run.settings["algo"] == algo]
         epochs = {run.state["epoch"] for run in together} - {0}
@@ -285,7 +299,7 @@ def roll_forward(runs):
 
 
 def read_checkpoint(run, name):
-    """The state in a run's folder, or None where there is none; checked against the run's settings and first state."""
+    """The state in a run's folder, checked against its settings and first state; None without."""
     state = load(run.folder / name)
     if state is not None:
         check_settings(state, run)
@@ -294,7 +308,7 @@ def read_checkpoint(run, name):
 
 
 def load(path):
-    """The state in a checkpoint file, or None where there is none. Runs no code of the file's: weights_only=True.
+    """The state in a checkpoint file, or None where there is none. None of its code is run.
 
     Raises RunError, and nothing else, whatever the file holds.
     """
@@ -315,26 +329,29 @@ def load(path):
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise RunError(f"{path}: not a checkpoint of this program; {REMEDY}")
     if str(state.get("format")) != str(FORMAT):  # as text: it may even be a tensor
-        raise RunError(f"{path}: its format is {str(state.get('format'))[:40]}, this program's is {FORMAT}; {REMEDY}")
+        problem = f"its format is {str(state.get('format'))[:40]}, this program's is {FORMAT}"
+        raise RunError(f"{path}: {problem}; {REMEDY}")
     return state
 
 
 def check_members(content):
-    """Raises ValueError where a zip file's members are larger than the file: compressed, or over one another."""
+    """Raises ValueError where a zip file's members, compressed or overlapping, are larger than it."""
     members = zipfile.ZipFile(io.BytesIO(content)).infolist()
     if sum(member.file_size for member in members) > len(content):
         raise ValueError("its parts are larger than the file")
 
 
 def check_plain(state, most):
-    """Raises ValueError where a state is not made of dicts, lists, words, numbers and ordinary tensors, or of more than
-    `most` of them: a list may stand in a file once and be in its state a million times."""
+    """Raises ValueError where a state is not made of dicts, lists, words, numbers and ordinary
+    tensors, or of more than `most` of them: a list may stand in a file once and be in its state a
+    million times."""
     for count, part in enumerate(parts(state)):
         plain = part is None or isinstance(part, (dict, list, tuple, str, float))
         if isinstance(part, int):
             plain = abs(part) < 10**100
         elif torch.is_tensor(part):
-            plain = part.layout == torch.strided and not part.is_meta and not part.is_nested and part.is_contiguous()
+            special = part.layout != torch.strided or part.is_meta or part.is_nested
+            plain = not special and part.is_contiguous()
         if not plain:
             raise ValueError(f"no run has this {type(part).__name__}")
         if count > most:
@@ -342,7 +359,7 @@ def check_plain(state, most):
 
 
 def parts(x, depth=4):
-    """x and all that is in it. Raises ValueError where that is deeper than so many levels, as in a cycle."""
+    """x and all that is in it. Raises ValueError beyond a depth, so also for a cycle."""
     yield x
     if isinstance(x, (dict, list, tuple)):
         if depth == 0:
@@ -356,14 +373,13 @@ def check_settings(state, run):
     for key, value in run.settings.items():
         before = state["settings"].get(key, run.before_flags.get(key))
         if json.dumps(before, default=repr, skipkeys=True) != json.dumps(value):  # as text: it may even be a tensor
-            raise RunError(
-                f"{run.folder}: began with {key} {before}, this command says {value}; give {flag_of(key)} as before, "
-                "another --out, or --overwrite", 2,
-            )  # fmt: skip
+            problem = f"began with {key} {before}, this command says {value}"
+            remedy = f"give {flag_of(key)} as before, another --out, or --overwrite"
+            raise RunError(f"{run.folder}: {problem}; {remedy}", 2)
 
 
 def check_layout(state, first, path):
-    """Raises RunError where a state is not made as a run's first state is, or its rows are not those of its epochs."""
+    """Raises RunError where a state is not made like a run's first, or has not its epochs' rows."""
     got, expected = layout(state), layout(first)
     for name in {**expected, **got}:
         if got.get(name) != expected.get(name):
@@ -394,8 +410,8 @@ def layout(x, name="checkpoint"):
 
 
 def stack(trees, device):
-    """Nested dicts of tensors (1, ...), one for each run -> one such dict of tensors (S, ...) on the device. What has
-    no axis, such as Adam's step count, is the same for all."""
+    """Nested dicts of tensors (1, ...), one for each run -> one such dict of tensors (S, ...) on
+    the device. What has no axis, such as Adam's step count, is the same for all."""
     if isinstance(trees[0], dict):
         return {key: stack([tree[key] for tree in trees], device) for key in trees[0]}
     return (torch.cat([x.detach() for x in trees]) if trees[0].dim() else trees[0].clone()).to(device)

@@ -5,14 +5,11 @@ import os
 import sys
 import traceback
 
+from harness.text import printable
+
 
 def first_line(error):
     return printable(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def printable(text):
-    """The text without control characters, which a terminal would obey: they are shown as Python shows them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def hint(word, known, choices):

@@ -1,8 +1,8 @@
-"""Any gymnasium environment as a task family: its parameters are φ, each trajectory has an instance of its own.
+"""Any gymnasium environment as a task family, with parameters as φ; an instance a trajectory.
 
 A parameter is a path from the environment, such as `gravity`, `config[duration]` or
-`model.opt.gravity[2]`, or make.NAME, a keyword of its constructor. Axes as in envs.py. What is wrong
-raises `envs.ArgumentError`.
+`model.opt.gravity[2]`, or make.NAME, a keyword of its constructor. Axes as in envs.py. What is
+wrong raises `envs.ArgumentError`.
 """
 
 import ast
@@ -29,8 +29,8 @@ class Gymnasium:
     """Dynamics of a gymnasium environment whose parameters `names` are φ times `scale`; an instance
     for each trajectory.
 
-    names: paths from the environment, which are set before every reset (a constructor may refuse what
-        the physics can do: LunarLander's asserts gravity < 12), or make.NAME, a keyword of the
+    names: paths from the environment, which are set before every reset (a constructor may refuse
+        what the physics can do: LunarLander's asserts gravity < 12), or make.NAME, a keyword of the
         constructor, for which the environment is made anew for every episode.
     defaults: {name: value without φ}. Finished episodes are not stepped.
     """
@@ -45,7 +45,7 @@ class Gymnasium:
     instances: dict = field(default_factory=dict)  # by the index in (B, K), for the next rollout
 
     def __getstate__(self):
-        """A spawned process makes environments of its own: not all can be pickled, nor can entry points."""
+        """A spawned process makes environments of its own, since not all can be pickled."""
         return {key: x for key, x in vars(self).items() if key != "spec"} | {"instances": {}}
 
     def changed(self, **changes):
@@ -59,7 +59,7 @@ class Gymnasium:
 
     @cached_property
     def spec(self):
-        """Of instances without the wrapper that asks at every step whether there was a reset: 4% of a step."""
+        """Without the wrapper that asks at every step whether there was a reset: 4% of a step."""
         spec = copy.deepcopy(spec_of(self.env_id))
         spec.order_enforce = False
         return spec
@@ -97,7 +97,7 @@ class Gymnasium:
         return np.rint(actions).astype(self.whole_actions) if self.whole_actions else actions
 
     def __call__(self, phi, noise, xp, own=slice(None)):
-        """Env's dynamics; of the B·K trajectories it makes its `own` alone, the others count as ended."""
+        """Env's dynamics. Of the B·K trajectories all but its `own` count as ended."""
         shape, count = noise.shape[:2], noise[..., 0].size
         phi = np.broadcast_to(phi.astype(float), (*shape, phi.shape[-1])).reshape(count, -1).tolist()
         seeds = [int(u * 2**24) for u in noise[..., 0].ravel().tolist()]
@@ -128,7 +128,7 @@ class Gymnasium:
         return shaped(obs), step
 
     def check_finite(self, obs, rewards):
-        """Raises ValueError: what the environment does wrong is not to be taken for a run that diverged."""
+        """Raises ValueError: the environment's mistake is not to pass for a run that diverged."""
         for name, x in (("observations", obs), ("rewards", rewards)):
             if not np.isfinite(x).all():
                 raise ValueError(f"{self.env_id} returned {name} that are not finite")
@@ -202,7 +202,7 @@ def keyword_of(word):
 
 
 def check_keywords(env_id, keywords, names):
-    """Raises ArgumentError for a keyword that the constructor does not take, or that is a parameter too."""
+    """Raises ArgumentError for a keyword that the constructor does not take, or that is φ."""
     known = keywords_of(spec_of(env_id)) if keywords else {}
     for keyword, value in keywords.items():
         if f"make.{keyword}" in names:
@@ -213,8 +213,8 @@ def check_keywords(env_id, keywords, names):
 
 
 def gymnasium_env(env_id, names, first, horizon, keywords):
-    """A task family from any gymnasium id with observations that are or flatten to a box, and discrete
-    or bounded box actions; Φ is to be set. first: {name: value} of one task."""
+    """A task family from any gymnasium id with observations that are or flatten to a box, and
+    discrete or bounded box actions; Φ is to be set. first: {name: value} of one task."""
     if env_id not in gymnasium.registry and ":" not in env_id:  # package:id imports the package first
         known = [*FAMILIES, *gymnasium.registry]
         choices = f"{', '.join(FAMILIES)}, a gymnasium id, or package:id where importing a package registers it"
@@ -249,7 +249,7 @@ def gymnasium_env(env_id, names, first, horizon, keywords):
 
 
 def probe_of(env_id, first, keywords):
-    """The environment at its defaults, or on a task where its constructor has none for a keyword that is φ."""
+    """The environment at its defaults, or on a task where its constructor requires what is φ."""
     required = {name.removeprefix("make."): x for name, x in first.items() if name.startswith("make.")}
     required = {name: int(x) if float(x).is_integer() else x for name, x in required.items()}
     try:
@@ -276,7 +276,7 @@ def spec_of(env_id):
 
 
 def flattened(env):
-    """The environment with observations in a box: Dict, Tuple and discrete ones by gymnasium's own wrapper."""
+    """The environment with Dict, Tuple and discrete observations flattened by gymnasium's wrapper."""
     space = env.observation_space
     with contextlib.suppress(NotImplementedError):  # of a space that gymnasium does not know, as MiniGrid's missions
         if not isinstance(space, gymnasium.spaces.Box) and space.is_np_flattenable:
@@ -285,7 +285,7 @@ def flattened(env):
 
 
 def check_spaces(env_id, observation, action):
-    """(D, actions as in Env) of gymnasium's spaces. Raises ArgumentError where they are of other kinds."""
+    """(D, actions as in Env) of gymnasium's spaces. Raises ArgumentError for other kinds."""
     spaces = gymnasium.spaces
     if not isinstance(observation, spaces.Box):
         problem = f"observations are {observation}; expected a Box, or what gymnasium flattens to one"
@@ -293,13 +293,13 @@ def check_spaces(env_id, observation, action):
     if isinstance(action, spaces.Discrete):
         return int(np.prod(observation.shape)), int(action.n)
     if isinstance(action, spaces.Box) and action.is_bounded() and action.low.ndim == 1:
-        return int(np.prod(observation.shape)), (tuple(action.low.tolist()), tuple(action.high.tolist()))
+        return int(np.prod(observation.shape)), tuple(map(tuple, (action.low.tolist(), action.high.tolist())))
     problem = f"actions are {action}; expected Discrete, or a bounded Box vector"
     raise ArgumentError("name", env_id, f"{problem}{action_wrapper(action)}")
 
 
 def action_wrapper(action):
-    """The line of code that makes such actions usable, as the end of a message; nothing for other kinds."""
+    """The line of code that makes such actions usable, as the end of a message; "" without one."""
     spaces = gymnasium.spaces
     if isinstance(action, (spaces.MultiDiscrete, spaces.MultiBinary)) and len(action.shape) == 1:
         counts = tuple(getattr(action, "nvec", np.full(action.shape, 2)).tolist())
@@ -315,5 +315,5 @@ def action_wrapper(action):
 
 
 def mixes(env):
-    """Whether what lies between tasks is a task too: not where they are a list and a component is a whole number."""
+    """Whether what lies between tasks is a task: not where a list has whole numbers."""
     return not (env.values and env.is_gymnasium and env.dynamics.whole)

@@ -1,4 +1,4 @@
-"""The parameters of a gymnasium environment: what they are called, how they are set, which cannot be φ."""
+"""The parameters of a gymnasium environment: their names, how they are set, which cannot be φ."""
 
 import inspect
 import math
@@ -19,7 +19,7 @@ HALF_READ = {"CartPole": ("masspole", "length", "polemass_length")}
 
 @lru_cache
 def path_parts(path):
-    """`model.opt.gravity[2]` -> ["model", "opt", "gravity", (2,)]; an index or a dict's key is a tuple."""
+    """`model.opt.gravity[2]` -> ["model", "opt", "gravity", (2,)]: what is in [] is a tuple."""
     parts = re.findall(r"([^.\[\]]+)|\[([^\[\]]+)\]", path)
     return [name or ((int(key),) if re.fullmatch(r"-?\d+", key) else (key,)) for name, key in parts]
 
@@ -33,7 +33,7 @@ def value_at(env, parts):
 
 
 def set_parameter(env, parts, value):
-    """Set what a path leads to, where it is defined. Raises ValueError where it then has another value."""
+    """Set what a path leads to, where it is defined. Raises ValueError where that fails."""
     *path, last = parts
     if not path:
         env.set_wrapper_attr(last, value)
@@ -50,8 +50,8 @@ def is_number(x):
 
 
 def parameter(env_id, env, name):
-    """The value of a parameter without φ, None for a constructor's keyword without one. Raises ArgumentError where
-    there is no such number that can be set."""
+    """The value of a parameter without φ, None for a constructor's keyword without one. Raises
+    ArgumentError where there is no such number that can be set."""
     keywords = keywords_of(env.unwrapped.spec)
     parts, known = path_parts(name), numbers_of(env)
     try:
@@ -81,7 +81,7 @@ def parameter(env_id, env, name):
 
 
 def keywords_of(spec):
-    """{keyword of the constructor: its default, None where there is none}; any keyword where it takes any."""
+    """{keyword of the constructor: its default, or None}; any keyword where it takes any."""
     creator = spec.entry_point
     creator = creator if callable(creator) else gymnasium.envs.registration.load_env_creator(creator)
     found = inspect.signature(creator).parameters.values()
@@ -90,8 +90,8 @@ def keywords_of(spec):
 
 
 def numbers_of(env):
-    """What may be a task parameter: the numbers among the attributes and properties of an environment and its wrappers,
-    the entries of its dicts, and its constructor's keywords."""
+    """What may be a task parameter: the numbers among the attributes and properties of an
+    environment and its wrappers, the entries of its dicts, and its constructor's keywords."""
     layers, found = [env], {}
     while layers[-1] is not env.unwrapped:
         layers.append(layers[-1].env)

@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import traceback
 from collections import defaultdict
 
 import torch
@@ -91,6 +92,7 @@ def serve_jobs(pipe, work, jobs):
             try:
                 answer = "done", work(jobs[order], tell)
             except Exception as error:
+                error.add_note(traceback.format_exc())  # which a pipe does not carry
                 answer = "error", error
             pipe.send(answer)
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+import traceback
 from dataclasses import replace
 from functools import partial
 
@@ -164,4 +165,5 @@ def serve(pipe, env, make_act, index, count):
                     answer = {key: x.reshape(-1, *x.shape[3:])[own] for key, x in trajectories.items()}
             except Exception as error:
                 answer = RunError(f"the environment failed in a sampling worker: {with_place(error)}")
+                answer.add_note(traceback.format_exc())  # which a pipe does not carry
             pipe.send(answer)

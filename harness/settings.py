@@ -292,6 +292,8 @@ SETTINGS = {
         Setting("resume", "continue runs that exist, e.g. with more --epochs", type=bool, identity=False),
         Setting("overwrite", "start runs that exist again", type=bool, identity=False),
         Setting("quiet", "no progress, only errors", type=bool, identity=False),
+        Setting("debug", "the traceback of what went wrong, in other processes too, before the line that says it",
+                type=bool, identity=False),
     ],
 }
 # fmt: on

@@ -3,8 +3,8 @@
     policy = load("runs/cartpole-pg/directed-fomaml/delta0.005/seed1").adapt(phi=[12.0])
     action = policy.act(observation)
 
-Untrusted runs are safe to open: a checkpoint is data, and an environment `module:id`, whose module is code, is made
-only if the caller names it.
+Untrusted runs are safe to open: a checkpoint is data, and an environment `module:id`, whose module
+is code, is made only if the caller names it.
 """
 
 import itertools
@@ -30,9 +30,10 @@ MOST_NUMBERS = 2**28  # of the episodes that one inner step samples
 def load(folder, trusted_env=None):
     """The `Policy` of a run's folder as of its last checkpoint, not adapted to any task.
 
-    trusted_env: must be the run's environment where that is `module:id`, since making it runs the module's code.
-    A run with --oracle observes φ: give `act` D + P numbers, with envs.scaled_phi(policy.env, φ) at the end.
-    Raises RunError, one line, for a folder without a checkpoint and for one that is damaged.
+    trusted_env: must be the run's environment where that is `module:id`, since making it runs the
+        module's code.
+    A run with --oracle observes φ: give `act` D + P numbers, with envs.scaled_phi(policy.env, φ) at
+    the end. Raises RunError, one line, for a folder without a checkpoint and a damaged one.
     """
     path = Path(folder) / checkpoints.CHECKPOINT
     state = checkpoints.load(path)
@@ -82,7 +83,7 @@ def takes(setting, x):
 
 @dataclass
 class Policy:
-    """π_θ of one run. theta: parameters (1, 1, ...); alpha: inner step size, a number or learned like theta."""
+    """π_θ of one run. theta: parameters (1, 1, ...); alpha: a number, or learned like theta."""
 
     env: envs.Env
     settings: dict
@@ -100,10 +101,10 @@ class Policy:
         return policies.make_head(self.env.actions)
 
     def act(self, observation, greedy=False):
-        """An action that gymnasium's env.step takes, for one observation of any shape that has D numbers.
+        """An action that gymnasium's env.step takes, for one observation of D numbers in any shape.
 
-        Drawn from the policy; `greedy`: its mode. Box actions are scaled from the policy's [−1, 1] to the box.
-        Raises ValueError for another observation.
+        Drawn from the policy; `greedy`: its mode. Box actions are scaled from the policy's [−1, 1]
+        to the box. Raises ValueError for another observation.
         """
         obs = self.as_numbers(observation)
         draw = self.rng.gumbel if isinstance(self.env.actions, int) else self.rng.normal
@@ -130,13 +131,16 @@ class Policy:
         return [np.array(bound, np.float32) for bound in self.env.actions]
 
     def adapt(self, phi=None, episodes=None, steps=None, seed=0):
-        """The policy after the run's inner steps (or `steps`) on a task: θ' = θ − α ∇L(θ), each on fresh episodes.
+        """The policy after the run's inner steps (or `steps`) on a task: θ' = θ − α ∇L(θ).
 
-        iMAML's are on its proximal objective; steps beyond those for which MAML++ learned an α take the last one's.
+        Each is on fresh episodes. iMAML's are on its proximal objective; steps beyond those for
+        which MAML++ learned an α take the last one's.
 
-        phi: the P numbers of a task of the run's own environment, sampled here with K trajectories a step.
-        episodes: data of your own instead: a list for each step of (observations, actions, rewards), one for each
-            episode; T actions as the environment took them, and T observations, or T + 1 where it did not terminate.
+        phi: the P numbers of a task of the run's own environment, sampled here with K trajectories
+            a step.
+        episodes: data of your own instead: a list for each step of (observations, actions,
+            rewards), one for each episode; T actions as the environment took them, and T
+            observations, or T + 1 where it did not terminate.
         Raises ValueError for a phi or episodes of another shape.
         """
         if (phi is None) == (episodes is None):
@@ -170,7 +174,7 @@ class Policy:
         return np.array([[phi]], np.float32)
 
     def sample(self, phi, stream, calls, params, num_trajectories=None):
-        """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params; the random numbers of the next call."""
+        """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params, of the next call."""
         count = num_trajectories or self.settings["trajectories"]
         noise = envs.draw_noise(self.env, stream, range(1), count, next(calls))
         episodes = envs.rollout(self.env, policies.actor(as_numpy(params), self.head), phi, noise)
@@ -181,7 +185,7 @@ class Policy:
         return policies.loss(params, trajectories, head=head or self.head, **options)
 
     def trajectories(self, episodes):
-        """[(observations, actions, rewards), ..] -> the dict that policies.py describes, S = M = 1."""
+        """[(observations, actions, rewards), ..] -> the dict of policies.py, S = M = 1."""
         lengths = [len(rewards) for _, _, rewards in episodes]
         num_episodes, horizon = len(episodes), max(lengths)
         lead, obs_dim = (1, 1, num_episodes, horizon), self.env.obs_dim
@@ -216,7 +220,7 @@ class Policy:
         return self.env.dynamics.first_action if self.env.is_gymnasium else 0
 
     def from_box(self, taken):
-        """Actions of the environment as the policy's, in [−1, 1]; those at an end of the box are ±1 exactly."""
+        """Actions of the environment as the policy's, in [−1, 1]; at an end of the box ±1 exactly."""
         low, high = self.box
         actions = envs.from_box(taken, low, high)
         rounding = 1e-6 * (1 + np.maximum(abs(low), abs(high)) / (high - low))
@@ -225,7 +229,7 @@ class Policy:
 
 
 class AsTaken(policies.Gaussian):
-    """Scores the actions that an environment took: what a policy draws beyond the box was clipped to its end."""
+    """Scores the actions that an environment took, which clips what is drawn beyond its box."""
 
     log_prob = policies.Gaussian.censored_log_prob
 

@@ -1,5 +1,5 @@
-"""What is tried before training: that an environment returns what it promises, plays a task the same again, and that φ
-changes what it does. Raises `envs.ArgumentError`."""
+"""What is tried before training: that an environment returns what it promises, plays a task the
+same again, and that φ changes what it does. Raises `envs.ArgumentError`."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ class BrokenPromise(ValueError):
 
 
 def check_range(env):
-    """`check_tasks` of the ends of Φ, for each component; where that is a whole number, of what lies between, too."""
+    """`check_tasks` of the ends of Φ, for each component; of what lies between a whole number's."""
     middle = [(a + b) / 2 for a, b in zip(env.low, env.high, strict=True)]
     for i, name in enumerate(env.dynamics.names):
         low, high = env.low[i], env.high[i]
@@ -34,7 +34,7 @@ def check_range(env):
 
 
 def check_fractions(env, name, tasks):
-    """Raises ArgumentError where the first task, a fraction, is not one of its own between its whole neighbours."""
+    """Raises ArgumentError where the first task, a fraction, fails or is one of its neighbours."""
     problem = f"{env.dynamics.env_id} takes whole numbers as {name}; list them, e.g. 1 2 3, in place of a range"
     try:
         between, below, above = (random_episode(env, phi) for phi in tasks)
@@ -49,9 +49,9 @@ def check_fractions(env, name, tasks):
 def check_tasks(env, argument, tasks, names=None):
     """Try the tasks φ. names: the parameters that they are about.
 
-    Raises ArgumentError where the environment fails or breaks a promise, where one seed and one sequence of actions
-    give the same episode on all tasks, or where gravity points upward. Warns where the first task is played otherwise
-    after the others: then its state or random numbers are its own.
+    Raises ArgumentError where the environment fails or breaks a promise, where one seed and one
+    sequence of actions give the same episode on all tasks, or where gravity points upward. Warns
+    where the first task is played otherwise after the others: it has a state of its own.
     """
     dynamics = env.dynamics
     names = names or dynamics.names
@@ -62,9 +62,11 @@ def check_tasks(env, argument, tasks, names=None):
     if len({len(episode[0]) for episode in episodes}) > 1:
         problem = f"{dynamics.env_id} has observations of different sizes at {', '.join(shown)}"
         raise ArgumentError(argument, "", problem)
-    exact, same = random_episode(env, tasks[0]) == episodes[0], all(x == episodes[0] for x in episodes)
-    if not (exact or same):
-        same = first_episode(env, tasks[0]) == first_episode(env, tasks[-1])  # what differs then is φ's doing
+    exact = try_task(env, argument, tasks[0], names) == episodes[0]
+    same = all(episode == episodes[0] for episode in episodes)
+    if not (exact or same):  # of new instances, what differs is φ's doing
+        first, last = (try_new(env, argument, phi, names) for phi in (tasks[0], tasks[-1]))
+        same = first == last
     given = [name for name in names if dynamics.defaults.get(name, 0.0) is not None]  # with a default
     if same and given and len(tasks) > 1:
         where = f"{', '.join(shown[:-1])} and {shown[-1]}"
@@ -77,7 +79,7 @@ def check_tasks(env, argument, tasks, names=None):
 
 
 def check_gravity(dynamics, argument, tasks, names):
-    """Raises ArgumentError where gravity points upward on all tasks, and warns where it does on some."""
+    """Raises ArgumentError where gravity points upward on all tasks, and warns of some."""
     for i, name in enumerate(dynamics.names):
         default = dynamics.defaults.get(name) or 0
         upward = [phi[i] for phi in tasks if default * phi[i] < 0]
@@ -105,17 +107,17 @@ def shown_task(dynamics, phi, names):
     return " ".join(f"{x:g}" for name, x in zip(dynamics.names, phi, strict=True) if name in names)
 
 
-def first_episode(env, phi):
-    """`random_episode` of an instance that is new, so that no state differs."""
+def try_new(env, argument, phi, names):
+    """`try_task` with an instance that is new, so that no state differs."""
     new = replace(env, dynamics=env.dynamics.changed())
     with seeded():
-        episode = random_episode(new, phi)
+        episode = try_task(new, argument, phi, names)
     new.dynamics.instances[0].close()
     return episode
 
 
 def random_episode(env, phi):
-    """What is seen and paid under random actions, always the same ones, in at most `horizon` steps."""
+    """What is seen and paid under random actions, always the same, in `horizon` steps at most."""
     instance = env.dynamics.instance(0, phi)
     instance.action_space.seed(0)
     episode, over = [promised_reset(instance)], False
@@ -160,7 +162,7 @@ def promised_observation(instance, obs):
 
 @contextlib.contextmanager
 def seeded():
-    """The random numbers that an environment may take from everywhere are the same inside, each time."""
+    """Inside, Python's and numpy's own random numbers are the same each time."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     np.random.seed(0)
     random.seed(0)

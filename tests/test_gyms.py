@@ -319,20 +319,6 @@ def test_an_environment_that_renders_nothing_is_one_line(tmp_path, capsys):
     assert error.count("\n") == 1 and "cannot be rendered here (TypeError: render returns no picture)" in error
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--values 5 10 --range 5 15", "--range: not allowed with argument --values"),
-        ("--eval-values 5 --eval-range 5 15", "--eval-range: not allowed with argument --eval-values"),
-        ("--values 5 10 --task-dist skewed", "--task-dist skewed: not allowed with argument --values"),
-        ("--values 5 5", "--values 5 5: duplicate task"),
-        ("--eval-values 5 5", "--eval-values 5 5: duplicate task"),
-    ],
-)
-def test_flags_of_listed_tasks_that_conflict_are_refused(tmp_path, capsys, words, says):
-    assert says in refused(capsys, tmp_path, *words.split())
-
-
 def test_held_out_tasks_at_which_the_environment_fails_are_refused_before_training(tmp_path, capsys):
     words = ["--param", "level", "--values", 0, 1, "--eval-values", 2, 9]
     assert "--eval-values: Room-v0 fails at level = 9 (IndexError" in refused(capsys, tmp_path, *words, env="Room-v0")
@@ -425,6 +411,22 @@ def test_a_reward_that_is_not_finite_in_training_is_not_blamed_on_step_sizes(tmp
     words = ["--param", "pull", "--range", 0, 1, "--horizon", 400, "--workers", workers]
     error = refused(capsys, tmp_path, *words, env=env, code=1)
     assert f"{env} returned rewards that are not finite" in error and "--resume" not in error and "--beta" not in error
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_debug_shows_the_traceback_of_the_environment_also_from_a_worker(tmp_path, capsys, workers):
+    def fail(env, returned):
+        assert env.steps < 300
+        return returned
+
+    words = ["--param", "pull", "--range", 0, 1, "--horizon", 400, "--workers", workers]
+    env = odd(fail, steps=400)
+    error = refused(capsys, tmp_path, *words, env=env, code=1)
+    with pytest.raises(SystemExit):
+        train(tmp_path, *words, "--overwrite", "--debug", env=env)
+    traced = capsys.readouterr().err
+    assert "Traceback" not in error and traced.endswith(error)
+    assert "assert env.steps < 300" in traced and "test_gyms.py" in traced
 
 
 def test_what_an_environment_says_may_hold_backquotes_and_comes_with_its_file_and_line(tmp_path, capsys, monkeypatch):
