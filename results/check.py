@@ -86,7 +86,7 @@ def check_tuned(grid, tuned):
 def problems():
     """All checks, as lines; from the repository's root."""
     root = Path("results")
-    yield from check_pages([Path("README.md"), root / "README.md"])
+    yield from check_pages([Path("README.md"), Path("docs/flags.md"), root / "README.md"])
     yield from check_reports(root)
     yield from check_experiments(root, list_experiments(root / "run_all.sh"))
     for env in steps.ENVS:

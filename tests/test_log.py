@@ -1,10 +1,10 @@
 """What an epoch leaves to log: seconds and rows, and when the rows reach the disk."""
 
 import pytest
-from checkpoints import Run
 
 import run
 from harness import log
+from harness.checkpoints import Run
 from tests.commands import rows
 from tests.test_device import make_batch
 

@@ -78,6 +78,14 @@ def test_every_flag_is_in_the_flag_table_once_in_the_group_that_help_shows(page)
     assert fill.is_filled(page)
 
 
+def test_some_flags_have_a_table_of_their_own_in_the_order_of_the_comment(page):
+    page.write_text("<!-- flags inner-steps alpha -->\nafter\n")
+    fill.fill(page)
+    _, _, _, _, *rows, _, after = page.read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows] == ["| `--inner-steps`", "| `--alpha`"] and after == "after"
+    assert fill.is_filled(page)
+
+
 def test_a_table_says_whether_its_arms_had_equal_budgets(page):
     summary = page.parent / "other" / "summary.csv"
     write_summary(summary.parent, "maml", 0.001, 0, [200])
@@ -124,6 +132,7 @@ def test_check_names_each_outdated_page_and_writes_nothing(page, capsys):
         (marker(ours="toy-pg/unknown"), "toy-pg/summary.csv has no label 'unknown'; it has maml"),
         (marker(ours="nowhere/maml"), "nowhere"),
         ('<!-- report {"columns": ["speed"], "lines": {"ours": "toy-pg/maml"}} -->', "unknown column 'speed'"),
+        ("<!-- flags alhpa -->", "unknown flag 'alhpa'"),
         ('<!-- report {"columns": [] -->', "expected"),
         ('<!-- report {"columns": []} -->', "expected"),
     ],
