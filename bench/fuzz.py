@@ -60,6 +60,7 @@ FOLDERS = (
     "like",
     "resume",
     "overwrite",
+    "debug",  # whose tracebacks are lines of their own
 )  # chosen by `fuzz` itself
 SMALL = {"tasks": "2", "trajectories": "2", "horizon": "3", "hidden": "3", "epochs": "1", "eval_steps": "1"}
 SMALL |= {"workers": "0", "inner_steps": "1"}
