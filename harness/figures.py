@@ -56,8 +56,8 @@ def passages(runs, criterion, thresholds):
 def held_out(runs):
     """The last evaluation of runs that have one: (x (G,), returns (runs, steps + 1, G)); x is φ,
     or φ's distance from the grid's centre, over equal ones of which the returns are averaged."""
-    phi = runs[0].evaluation.phi  # (G, P), the same for all
-    returns = np.stack([run.evaluation.returns for run in runs])
+    phi = runs[0].evaluation["phi"]  # (G, P), the same for all
+    returns = np.stack([run.evaluation["returns"] for run in runs])
     if phi.shape[1] == 1:
         return phi[:, 0], returns
     distance = np.linalg.norm(phi - phi.mean(0), axis=1).round(9)
@@ -228,7 +228,7 @@ def draw_adaptation(plt, labels, path):
     for i, (label, runs) in enumerate(labels.items()):
         panel = panels.flat[i]
         draw_panel(panel, runs)
-        epochs = span([run.evaluation.epoch for run in runs])
+        epochs = span([run.evaluation["epoch"] for run in runs])
         said = f"{counted(len(runs), 'run')}, epoch {epochs}"
         panel.set_title(f"{textwrap.fill(label, 36)}\n{said}", fontsize=9)
         panel.grid(alpha=0.3)

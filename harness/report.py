@@ -123,14 +123,14 @@ def held_out_returns(run):
     inside = inside_phi(run)
     row = {}
     for where, tasks in (("inside", inside), ("outside", ~inside)):
-        for step, returns in enumerate(run.evaluation.returns):
+        for step, returns in enumerate(run.evaluation["returns"]):
             row[f"held_out_{where}_{step}"] = returns[tasks].mean() if tasks.any() else math.nan
     return row
 
 
 def inside_phi(run):
     """Which of the held-out tasks lie inside Φ, or are one of the listed tasks: (G,) of bool."""
-    phi, values = run.evaluation.phi, run.config.get("values")
+    phi, values = run.evaluation["phi"], run.config.get("values")
     if values:
         values = np.array([float(f"{x:g}") for x in values])  # as eval.csv has them
         return (phi[:, None] == values.reshape(-1, phi.shape[1])).all(2).any(1)

@@ -281,7 +281,7 @@ def test_runs_that_cannot_be_read_are_named_below_the_report_of_the_others(exper
     assert len(wrote) == 4 and len(left_out) == len(files)
     text = (experiment / "report.md").read_text(encoding="utf-8")
     for path, line in zip(files, left_out, strict=True):
-        assert line.startswith(f"{path}: damaged") and f"\n{line}.\n" in text
+        assert line.startswith(f"{path}: cannot be read (") and f"\n{line}.\n" in text
     assert cells(experiment, "maml")["runs"] == "3"
 
 
