@@ -150,19 +150,6 @@ def read_summary(text):
     return labels
 
 
-def curves(labels):
-    """The text of curves.csv: the lines of curves.png at 40 points each, and the same against
-    seconds."""
-    lines = ["label,against,x,median,low,high"]
-    for label, runs in labels.items():
-        quoted = '"' + label.replace('"', '""') + '"'
-        for cost in COSTS:
-            for numbers in zip(*figures.curve(runs, cost.key, 40), strict=True):
-                cells = [f"{x:.4g}" for x in numbers]
-                lines.append(",".join([quoted, cost.key, *cells]))
-    return "\n".join(lines) + "\n"
-
-
 # --- cells ---
 
 
@@ -456,11 +443,11 @@ def write(root):
             return [f"{printable(str(root))}: no run with a log, so no report"], left_out
         numbers = summary(labels)
         write_atomically(root / "summary.csv", numbers)
-        write_atomically(root / "curves.csv", curves(labels))
+        write_atomically(root / "curves.csv", figures.curves(labels))
         body = text(read_summary(numbers), title(labels), values_of("threshold", labels))
         write_atomically(root / "report.md", body + "".join(f"\n{line}.\n" for line in left_out))
-        drawn = figures.draw(labels, root)
-    return [f"wrote {printable(str(root / 'report.md'))}", *drawn], left_out
+        wrote = [f"wrote {root / 'report.md'}", *figures.draw(labels, root)]
+    return [printable(line) for line in wrote], left_out
 
 
 def rewrite(folders):
