@@ -125,14 +125,14 @@ def test_an_old_summary_shows_dashes_and_compares_the_lines_of_one_command(exper
     missing = {"counterpart", "area", "env_steps"} | {f"{x}_to_sustained" for x in ("epoch", "env_steps", "seconds")}
     old = {label: {key: x for key, x in runs.items() if key not in missing}
            for label, runs in read_summary(experiment).items()}  # fmt: skip
-    line = report.cells("directed-maml", "directed-maml", old)
-    for column in ("sustained", "epochs to sustained", "area", "P(fewer epochs by δ, sustained)"):
-        assert line[column] == "–"
+    line = report.cells("directed", "directed-maml", old)
+    assert line["algorithm"] == "directed" and line["area"] == line["sustained"] == "–"
     assert line["epochs to convergence"] == "2 [2, 2]" and line[SPEED_UP].startswith("2×")
-    text = report.text(old, "toy, pg", "15")
-    assert "env steps trained: not recorded" in text and "sustained" not in text
+    assert report.cells("maml", "maml", old)[SPEED_UP] == "–"
+    assert report.budget(old).endswith("epochs trained: 6 each; env steps trained: not recorded.")
+    assert report.tables(old)["sustained"] == ""
     old["maml"]["beta"] = [0.002] * 3
-    assert report.by_delta("directed-maml", old) == ("–", "–")
+    assert report.cells("directed", "directed-maml", old)[SPEED_UP] == "–"
 
 
 def test_the_medians_of_what_the_delta_step_does_are_shown_where_they_were_logged(tmp_path):
