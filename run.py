@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -26,26 +25,26 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 import gymnasium
 import numpy
 import torch
-from tqdm import tqdm
 
 import checkpoints
 import envs
 import maml
-import measures
-import parallel
 import policies
 import report
 import trained
 from checkpoints import Run, RunError
 from directed import directed
 from envs import EVALUATION, INIT, MEDIUM, TASKS
+from harness import processes
+from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
-from harness.log import Rows
+from harness.log import Rows, fetched, log_epoch, measure
+from harness.optimizers import OPTIMIZERS
+from harness.ranks import check_ranks
+from harness.sampling import open_sampler
 from harness.settings import (
-    ALL_SETTINGS,
     before_flags,
     check_memory,
-    default_of,
     folder_of_all,
     learner_of,
     make_env,
@@ -88,30 +87,30 @@ def train_all(runs, env, args, ranks):
     Returns a line for each run that failed, and the signals that stopped the training, if any.
     """
     device = choose_device(args.device, env)
-    parallel.keep_memory()
+    processes.keep_memory()
     with (
         checkpoints.opened(runs, args.resume, args.overwrite, args.epochs) if ranks.rank == 0 else NOTHING,
-        parallel.caught_signals() as signals,
+        processes.caught_signals() as signals,
         Progress(runs, args, ranks) as progress,
     ):
         states = ranks.object_from_first(lambda: [run.state for run in runs])
         for run, state in zip(runs, states, strict=True):
             run.state = state
-        workers = min(args.workers, parallel.most_processes())
-        processes = 1 if device == "cuda" or ranks.count > 1 else max(min(workers, len(runs)), 1)
+        workers = min(args.workers, processes.most_processes())
+        trainers = 1 if device == "cuda" or ranks.count > 1 else max(min(workers, len(runs)), 1)
         trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
-        samplers = min(workers // processes, trajectories)  # for each that trains, if gymnasium's environments
+        samplers = min(workers // trainers, trajectories)  # for each trainer, if gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
-        failures = parallel.run_jobs(work, share_out(runs, processes), processes, progress.update, signals)
+        failures = processes.run_jobs(work, share_out(runs, trainers), trainers, progress.update, signals)
     return failures, signals
 
 
-def share_out(runs, processes):
-    """The runs as jobs for so many processes. A job is one batch: runs of one algorithm at the same epoch."""
+def share_out(runs, count):
+    """The runs as jobs for `count` processes. A job is one batch: runs of one algorithm at the same epoch."""
     groups = defaultdict(list)
     for run in runs:
         groups[run.settings["algo"], run.state["epoch"]].append(run)
-    parts = processes // math.gcd(processes, len(groups))  # the fewest that give all processes equally many jobs
+    parts = count // math.gcd(count, len(groups))  # the fewest that give all processes equally many jobs
     return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
 
 
@@ -125,7 +124,7 @@ def train_together(runs, tell, args, env, device, samplers, ranks):
     for run in runs if ranks.rank == 0 else ():
         begin(run, args, env, device, len(runs))
     with (
-        parallel.open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample,
+        open_sampler(env, head, device, samplers if samplers > 1 else 0) as sample,
         Rows(writes=ranks.rank == 0) as rows,
     ):
         return train(Batch(runs, env, head, sample, device, ranks, rows), args.epochs, args.eval_every, tell)
@@ -218,6 +217,10 @@ class TaskLoss:
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
         return trajectories
 
+    def kl(self, theta):
+        """Of trajectories that are used once there is none to log."""
+        return None
+
     def loss_on(self, trajectories, params, **options):
         loss = self.loss(params, trajectories, **options)
         self.finite = self.finite & loss.detach().isfinite().all(1)
@@ -270,72 +273,6 @@ def penalised(meta_learner, eta):
         return returned
 
     return penalised_meta_learner
-
-
-# --- log ---
-
-SUMS = ("pre", "post", "env_steps", "broken", "kl")  # what each rank measures of its own tasks alone
-
-
-@torch.no_grad()
-def measure(batch, medium_loss, task_loss, delta_move, beta_move):
-    """What there is to log of an epoch: {name: (S,) in float64}; those of SUMS are sums over this rank's tasks.
-
-    delta_move, beta_move: how far the δ-step and the β-steps moved θ, (S, N).
-    """
-    after = batch.settings["inner_steps"]  # the call that drew under θ'; Sharp-MAML goes on elsewhere
-    delta_move, beta_move = delta_move.double(), beta_move.double()
-    finite = torch.stack([p.isfinite().flatten(1).all(1) for p in batch.learned]).all(0)
-    measured = {
-        "pre": task_loss.returns[0].double().sum(1),
-        "post": task_loss.returns[after].double().sum(1),
-        "env_steps": task_loss.env_steps,
-        "broken": ~task_loss.finite,
-        "beta_norm": beta_move.square().sum(1).sqrt(),
-    }
-    if isinstance(task_loss, ReplayedLoss):
-        measured["kl"] = task_loss.kl(batch.theta).double().sum(1)
-    if medium_loss is not None:
-        finite = finite & medium_loss.finite
-        measured |= {
-            "med": medium_loss.returns[0].double().mean(1),
-            "medium_steps": medium_loss.env_steps,
-            "delta_norm": delta_move.square().sum(1).sqrt(),
-            "product": (delta_move * beta_move).sum(1),
-        }
-    return {name: x.double() for name, x in measured.items()} | {"finite": finite.double()}
-
-
-def fetched(measured):
-    """`measure`'s tensors on the CPU, in one transfer, for which a GPU is waited."""
-    return dict(zip(measured, torch.stack(list(measured.values())).cpu(), strict=True))
-
-
-def log_epoch(batch, measured, seconds):
-    """Add the epoch to every run's totals and log; returns for each run whether its losses and parameters are
-    finite."""
-    num_runs, num_tasks = len(batch.runs), batch.settings["tasks"]
-    batch.ranks.sum([measured[name] for name in SUMS if name in measured])  # but all know the whole medium task
-    finite = (measured["finite"] > 0) & (measured["broken"] == 0)
-    measured |= {name: measured[name] / num_tasks for name in ("pre", "post", "kl") if name in measured}
-    nothing = [None] * num_runs
-    columns = defaultdict(lambda: nothing, {name: x.tolist() for name, x in measured.items()})
-    sample_seconds = batch.sample.take_seconds()
-    batch.mean_return = float(measured["post"].mean())
-    for i, run in enumerate(batch.runs):
-        pre, post, med, kl = (columns[name][i] for name in ("pre", "post", "med", "kl"))
-        delta_norm, beta_norm, product = (columns[name][i] for name in ("delta_norm", "beta_norm", "product"))
-        totals, threshold = run.state["totals"], run.settings["threshold"]
-        run.state["epoch"] += 1
-        totals["env_steps"] += int(columns["env_steps"][i] + (columns["medium_steps"][i] or 0))
-        totals["seconds"] += seconds / num_runs  # runs of a batch share its time evenly
-        totals["sample_seconds"] += sample_seconds / num_runs
-        totals["smoothed"] = measures.smoothed(totals["smoothed"], post)
-        totals["converged"] |= threshold is not None and totals["smoothed"] > threshold
-        times = [totals[key] for key in ("env_steps", "seconds", "sample_seconds")]
-        cosine = product / (delta_norm * beta_norm) if delta_norm and beta_norm else None
-        batch.rows.add(run, "log", [[run.state["epoch"], *times, pre, post, med, delta_norm, beta_norm, cosine, kl]])
-    return finite.tolist()
 
 
 def evaluate(batch):
@@ -508,95 +445,12 @@ def first_state(settings, env):
     return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
 
 
-def of_each_run(step_sizes, p):
-    """Step sizes (S,) in the shape that multiplies a parameter (S, 1, ...)."""
-    return step_sizes.to(p).view(-1, *[1] * (p.dim() - 1))
-
-
-class SGD:
-    """The plain step p ← p − β p.grad with a β for each run: step_sizes, (S,) for each parameter (S, 1, ...)."""
-
-    def __init__(self, params, step_sizes, state):
-        self.params, self.step_sizes, self.state = params, step_sizes, state
-
-    @torch.no_grad()
-    def step(self):
-        for p, beta in zip(self.params, self.step_sizes, strict=True):
-            p -= of_each_run(beta, p) * p.grad
-
-
-class Adam(SGD):
-    """torch.optim.Adam with a β for each run (Kingma, Ba 2015), on tensors alone: torch's own asks the host for the
-    number of its steps. state: {index of the parameter: {step, exp_avg, exp_avg_sq}}, changed in place."""
-
-    @torch.no_grad()
-    def step(self):
-        for i, (p, beta) in enumerate(zip(self.params, self.step_sizes, strict=True)):
-            steps, mean, mean_square = (self.state[i][name] for name in ("step", "exp_avg", "exp_avg_sq"))
-            steps += 1
-            mean.lerp_(p.grad, 1 - 0.9)
-            mean_square.mul_(0.999).addcmul_(p.grad, p.grad, value=1 - 0.999)
-            unbiased, unbiased_square = 1 - 0.9 ** steps.double(), 1 - 0.999 ** steps.double()
-            scale = (mean_square / unbiased_square.to(p)).sqrt() + 1e-8
-            p -= of_each_run(beta, p) * (mean / unbiased.to(p)) / scale
-
-
-OPTIMIZERS = {"sgd": SGD, "adam": Adam}
-
-
-# --- what the user sees ---
-
-
-def check_ranks(args, ranks):
-    """All ranks must do the same, and have equally many tasks."""
-    own = {key: value for key, value in vars(args).items() if key not in ("workers", "threads", "quiet")}
-    for key, value in ranks.object_from_first(lambda: own).items():
-        if own[key] != value:
-            mine, first = (" ".join(map(str, x)) if isinstance(x, list) else x for x in (own[key], value))
-            line = f"{ALL_SETTINGS[key].flag}: {mine} on rank {ranks.rank}, {first} on rank 0"
-            raise RunError(f"{line}; start all with the same command", 2)
-    tasks = args.tasks or default_of(ALL_SETTINGS["tasks"])
-    if tasks % ranks.count:
-        ranks.sum([torch.zeros(1)])  # all have come so far; or a slow one would lose its peer before it refuses this
-        raise RunError(f"--tasks {tasks}: not a multiple of the {ranks.count} ranks; give a multiple", 2)
-
-
 def begin(run, args, env, device, runs_in_batch):
     """Make the run's folder ready, with everything that somebody needs to repeat the run in config.json."""
     versions = {m.__name__: m.__version__ for m in (torch, gymnasium, numpy)} | {"python": platform.python_version()}
     here = {"epochs": args.epochs, "eval_every": args.eval_every, "threshold": args.threshold, "device": device}
     here |= {"phi_names": list(env.phi_names), "runs_in_batch": runs_in_batch, "versions": versions}
     checkpoints.begin(run, run.settings | here, {args.epochs, *range(0, args.epochs, args.eval_every)})
-
-
-class Progress:
-    """One bar for all runs of the command, counting every run's epochs; without a terminal, a line every 30 seconds."""
-
-    def __init__(self, runs, args, ranks):
-        self.show = not args.quiet and ranks.rank == 0
-        done = sum(run.state["epoch"] for run in runs)
-        self.bar = tqdm(total=args.epochs * len(runs), initial=done, unit="epoch", disable=None if self.show else True)
-        self.lines, self.said, self.start = self.show and self.bar.disable, time.monotonic(), time.monotonic()
-        self.done, self.begun, self.total = done, done, args.epochs * len(runs)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def update(self, news):
-        algo, count, mean_return = news
-        self.done += count
-        self.bar.set_description(algo, refresh=False)
-        self.bar.set_postfix(return_post=f"{mean_return:.4g}", refresh=False)
-        self.bar.update(count)
-        now = time.monotonic()
-        if self.lines and now - self.said > 30:
-            left = (now - self.start) / (self.done - self.begun) * (self.total - self.done)
-            print(f"{algo}: return {mean_return:.4g}; {self.done} of all runs' {self.total} epochs, {left:.0f} s left",
-                  file=sys.stderr)  # fmt: skip
-            self.said = now
 
 
 def finish(failures, args):
@@ -610,36 +464,6 @@ def finish(failures, args):
         print(f"run.py: {line}", file=sys.stderr)
     for line in [] if args.quiet else wrote:
         print(line)
-
-
-@contextlib.contextmanager
-def one_clear_line():
-    """Whatever is wrong, with the command or with the machine, ends in one line on standard error and an exit code; of
-    several ranks, the one that failed first says it. Yields this process's `Ranks`."""
-    ranks = None
-    try:
-        ranks = parallel.Ranks()
-        yield ranks
-        ranks.leave()
-        return
-    except RunError as error:
-        line, code = error, error.code
-    except parallel.ProcessError as error:
-        line, code = f"{error}; continue from the last checkpoint with --resume", 1
-    except OSError as error:  # a full disk, a folder that is gone or may not be written
-        path = error.filename2 or error.filename or "files"  # a file that cannot be put in its place: the place
-        line, code = f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        line, code = "out of memory; give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 1
-    except KeyboardInterrupt:  # outside of training, or the second one
-        line, code = "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
-    if ranks is None or ranks.first_to_fail():
-        print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
-    if ranks is not None and ranks.count > 1:
-        ranks.exit(code)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import report
 import run
 from bench.measure import Configuration, in_fresh_processes, measure, opened, opened_endless, peak_memory, time_epoch
 from harness.device import WARM_UP, Recorded
+from harness.sampling import DeviceSampler
 from harness.settings import algorithms
-from parallel import DeviceSampler
 
 REPOSITORY = Path(run.__file__).parent
 TOLERANCE, FLOAT32_TOLERANCE = 1e-9, 1e-4  # of θ after a few epochs

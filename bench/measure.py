@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 
 import maml
-import parallel
 import policies
 import run
 from bench import reference
+from harness import log, processes, ranks, sampling
 from harness.log import Rows
 from harness.settings import make_env, parse
 
@@ -64,10 +64,10 @@ def endless(env):
 def opened(env, runs, device):
     """A batch of runs, ready to train as run.py trains them."""
     torch.set_num_threads(1)
-    parallel.keep_memory()
-    head, ranks = policies.make_head(env.actions), parallel.Ranks()
-    with parallel.open_sampler(env, head, device, os.cpu_count()) as sample:
-        yield run.Batch(runs, env, head, sample, device, ranks, Rows(writes=False))
+    processes.keep_memory()
+    head = policies.make_head(env.actions)
+    with sampling.open_sampler(env, head, device, os.cpu_count()) as sample:
+        yield run.Batch(runs, env, head, sample, device, ranks.Ranks(), Rows(writes=False))
 
 
 def opened_endless(configuration, device):
@@ -101,7 +101,7 @@ def time_epoch(batch, epoch=run.train_epoch):
     batch.set_schedules()
     start = clock()
     with mock.patch.object(maml, "adapt", timed_adapt) if on_cpu else contextlib.nullcontext():
-        measured = run.fetched(epoch(batch))
+        measured = log.fetched(epoch(batch))
     timed = {"epoch": clock() - start}
     timed["env_steps"] = int(sum(measured[name].sum() for name in ("env_steps", "medium_steps") if name in measured))
     if on_cpu:

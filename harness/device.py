@@ -1,5 +1,7 @@
 """Where tensors are, and an epoch that is one CUDA graph, whose rollouts' steps are compiled."""
 
+import math
+import os
 import sys
 
 import torch
@@ -18,6 +20,13 @@ def choose_device(name, env):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() and not env.in_workers else "cpu"
     return name
+
+
+def memory(device="cpu"):
+    """Bytes of memory that this machine, or its CUDA device, has; infinity where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def step_compiler(device):

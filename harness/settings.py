@@ -19,9 +19,9 @@ from types import SimpleNamespace
 import checkpoints
 import envs
 import maml
-import parallel
 import policies
 from checkpoints import RunError
+from harness.device import memory
 
 
 @dataclass(frozen=True)
@@ -596,7 +596,7 @@ def check_memory(args, env, device):
     runs = [alike * (len(args.delta or [0]) if is_directed(algo) else 1) for algo in args.algo]
     at_once = sum(sorted(runs)[-1 if device == "cuda" else -max(args.workers, 1) :])  # the largest
     need = 4 * at_once * value("tasks") * (2 * params + 3 * activations)
-    have = parallel.memory(device)
+    have = memory(device)
     if need > have:
         what = "GPU" if device == "cuda" else "machine"
         raise RunError(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import parallel
 import run
+from harness import processes
 
 REPOSITORY = Path(run.__file__).parent
 SMALL = ["--tasks", "2", "--trajectories", "3", "--horizon", "12", "--hidden", "8", "--eval-every", "2"]
@@ -58,7 +58,7 @@ class Command:
         with tempfile.NamedTemporaryFile(delete=False) as file:
             self.error = Path(file.name)
         environment = {key: str(value) for key, value in (environment or {}).items()}
-        self.process = parallel.context().Process(
+        self.process = processes.context().Process(
             target=in_child, args=(list(map(str, words)), environment, self.error, checkpoint_seconds)
         )
         self.process.start()

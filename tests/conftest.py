@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import report
+from envs import make
 from tests.commands import SMALL, Command
+from tests.noise import in_numpy, noise_of, tasks_of
 
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs
 
@@ -51,3 +53,10 @@ def start():
     yield start
     for command in commands:
         command.end()
+
+
+@pytest.fixture(scope="session")
+def pendulum():
+    """An environment, φ and noise for one rollout of S = 1, M = 1, K = 2."""
+    env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
+    return env, *in_numpy(tasks_of(env, [0], 1, 1), noise_of(env, [0], 0, 1, 2))

@@ -28,3 +28,11 @@ def rollout_of(env, head, params, phi, noise):
     params, noise = ({key: x.detach().numpy() for key, x in d.items()} for d in (params, noise))
     trajectories = envs.rollout(env, policies.actor(params, head), phi.numpy(), noise)
     return {key: torch.from_numpy(x) for key, x in trajectories.items()}
+
+
+def noise_itself(params):
+    return lambda obs, noise: noise
+
+
+def in_numpy(phi, noise):
+    return phi.numpy(), {key: x.numpy() for key, x in noise.items()}

@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import parallel
+from harness import processes
 
 REPOSITORY = Path(__file__).parent.parent
 OURS = {path.stem for path in REPOSITORY.glob("*.py")}
@@ -59,7 +59,7 @@ def test_a_module_copied_into_an_empty_folder_works(tmp_path):
         folder = tmp_path / module
         folder.mkdir()
         shutil.copy(REPOSITORY / f"{module}.py", folder)
-        process = parallel.context().Process(target=use_alone, args=(folder, program))
+        process = processes.context().Process(target=use_alone, args=(folder, program))
         process.start()
         process.join(60)
         assert (process.exitcode == 0) == (module in USES), module

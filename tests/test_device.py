@@ -7,10 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import envs
-import parallel
 import policies
 import run
-from harness import device
+from harness import device, ranks, sampling
 from harness.log import Rows
 from harness.settings import algorithms, make_env, parse
 
@@ -24,8 +23,8 @@ def make_batch(place, *words, env="cartpole", algo="maml", compiled=None):
     args = parse(["--env", env, "--algo", algo, *SIZES, *words])
     family = make_env(args)
     head = policies.make_head(family.actions)
-    sample = parallel.DeviceSampler(family, head, place, compiled)
-    return run.Batch(run.new_runs(args, family), family, head, sample, place, parallel.Ranks(), Rows(writes=False))
+    sample = sampling.DeviceSampler(family, head, place, compiled)
+    return run.Batch(run.new_runs(args, family), family, head, sample, place, ranks.Ranks(), Rows(writes=False))
 
 
 class NothingOfTheHost(TorchDispatchMode):
@@ -89,7 +88,7 @@ def test_numpy_and_torch_roll_out_the_same(env, place, float64):
     def rollout(params, phi, noise):
         return envs.rollout(theirs.env, policies.actor(params, theirs.head), phi, noise)
 
-    theirs = run.Batch(theirs.runs, theirs.env, theirs.head, parallel.HostSampler(rollout), "cpu", theirs.ranks, None)
+    theirs = run.Batch(theirs.runs, theirs.env, theirs.head, sampling.HostSampler(rollout), "cpu", theirs.ranks, None)
     torch.testing.assert_close(theta_after(ours), theta_after(theirs), rtol=0, atol=1e-12)
 
 

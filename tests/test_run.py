@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import measures
-import parallel
 import policies
 import run
 from checkpoints import TABLES, Run
-from harness import settings
+from harness import optimizers, settings
 from harness.settings import ALL_SETTINGS, algorithms
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 
@@ -192,14 +191,14 @@ def test_algorithms_that_train_at_once_need_their_memory_together(tmp_path, caps
     need = 4 * 2 * 5 * (2 * (4 * 1000 + 1000 * 2) + 3 * (1000 + 2))
     words = ["--hidden", 1000, "--tasks", 5, "--trajectories", 1, "--horizon", 1, "--seed", 1, 2]
     for workers, algos, have in ((1, 1, need), (1, 2, need), (2, 1, need), (2, 2, 2 * need)):
-        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have - 1)
+        monkeypatch.setattr(settings, "memory", lambda device, have=have: have - 1)
         out = tmp_path / f"{workers}-{algos}"
         algo = " ".join(["maml", "fomaml"][:algos])
         assert "this needs" in refused(capsys, out, *words, "--workers", workers, algo=algo)
-        monkeypatch.setattr(parallel, "memory", lambda device, have=have: have)
+        monkeypatch.setattr(settings, "memory", lambda device, have=have: have)
         settings.check_memory(args := settings.parse(full(words, workers, algo)), settings.make_env(args), "cpu")
     settings.check_memory(args, settings.make_env(args), "cpu")
-    monkeypatch.setattr(parallel, "memory", lambda device: need)
+    monkeypatch.setattr(settings, "memory", lambda device: need)
     settings.check_memory(args, settings.make_env(args), "cuda")  # one process, one algorithm at a time
 
 
@@ -298,7 +297,7 @@ def test_env_steps_count_what_was_sampled(tmp_path):
 # --- steps ---
 
 
-@pytest.mark.parametrize(("ours", "torchs"), [(run.SGD, torch.optim.SGD), (run.Adam, torch.optim.Adam)])
+@pytest.mark.parametrize(("ours", "torchs"), [(optimizers.SGD, torch.optim.SGD), (optimizers.Adam, torch.optim.Adam)])
 def test_the_beta_step_of_every_run_is_torchs_with_that_runs_beta(ours, torchs):
     betas, g = torch.tensor([0.1, 0.003], dtype=torch.float64), torch.Generator().manual_seed(0)
     theta, gradients = torch.randn(2, 1, 3, 4, generator=g), torch.randn(3, 2, 1, 3, 4, generator=g)

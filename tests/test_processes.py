@@ -1,28 +1,23 @@
-"""Sampling workers, signals, CUDA graphs and torchrun's ranks: the numbers of one process, and one clear line when
-another one dies."""
+"""Training processes and signals: the numbers of one process, one clear line when another one dies, no orphans."""
 
 import contextlib
 import multiprocessing
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-import parallel
 from bench import torture
 from checkpoints import Run
-from envs import make, rollout
-from parallel import ProcessError, Workers
+from harness import processes, sampling
+from harness.sampling import Workers
 from run import share_out
-from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train, wait_for
-from tests.noise import noise_of, tasks_of
+from tests.commands import SMALL, rows, train, wait_for
+from tests.noise import noise_itself
 
 GYM = ["--param", "g", "--range", "5", "15"]
 PENDULUM = ["--env", "Pendulum-v1", *GYM, "--algo", "fomaml", "--workers", "2"]
@@ -30,117 +25,6 @@ PENDULUM_RUN = "Pendulum-v1-pg/fomaml/seed1"
 COMMAND = ["--env", "point", "--algo", "directed-maml", "--seed", 1, 2, "--tasks", 10]  # of ranks
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torchrun(tmp_path_factory):
-    """A training by torchrun itself, two ranks and two epochs: its process, and the folder. Three processes that import
-    torch take long, so it starts with the first test of this file, beside those before the one that waits for it."""
-    out = tmp_path_factory.mktemp("torchrun")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
-    words += ["--epochs", "2", "--out", str(out), *SMALL, *map(str, COMMAND)]
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    yield process, out
-    process.terminate()  # which ends its ranks too
-    process.wait()
-
-
-# --- sampling workers ---
-
-
-def random_actions(params):
-    """A policy that acts by noise alone, nearly; importable, as worker processes need it where they are spawned."""
-    return most_noise
-
-
-def most_noise(obs, noise):
-    return (noise + 0.1 * obs[..., :1]).argmax(-1)
-
-
-def noise_itself(params):
-    return lambda obs, noise: noise
-
-
-def noise_or_failure(params):
-    """Fails under parameters, and acts without."""
-    if params:
-        raise FloatingPointError("no such luck")
-    return noise_itself(params)
-
-
-def in_numpy(phi, noise):
-    return phi.numpy(), {key: x.numpy() for key, x in noise.items()}
-
-
-def same(ours, theirs):
-    """The same trajectories to the last bit."""
-    return ours.keys() == theirs.keys() and all((x == theirs[key]).all() for key, x in ours.items())
-
-
-@pytest.fixture(scope="module")
-def pendulum():
-    """An environment, φ and noise for one rollout of S = 1, M = 1, K = 2."""
-    env = make("Pendulum-v1", names=["g"], bounds=[5, 15], horizon=5)
-    return env, *in_numpy(tasks_of(env, [0], 1, 1), noise_of(env, [0], 0, 1, 2))
-
-
-@pytest.fixture(scope="module")
-def lander():
-    """An environment, φ, noise and the trajectories of a LunarLander rollout in this process."""
-    env = make("lunarlander", horizon=120)
-    noise = noise_of(env, [0, 1], 0, 3, 3)
-    phi, noise = in_numpy(tasks_of(env, [0, 1], 1, 3), noise)
-    return env, phi, noise, rollout(env, most_noise, phi, noise)
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_workers_change_no_bit(lander, count):
-    env, phi, noise, expected = lander
-    with Workers(env, random_actions, count) as workers:
-        trajectories = workers.rollout({}, phi, noise)
-    assert same(trajectories, expected)
-
-
-def test_more_workers_than_trajectories_change_no_bit(pendulum):
-    env, phi, noise = pendulum
-    with Workers(env, noise_itself, 3) as workers:
-        trajectories = workers.rollout({}, phi, noise)
-    assert same(trajectories, rollout(env, noise_itself({}), phi, noise))
-
-
-def test_what_fails_in_a_worker_is_said_here_and_it_serves_on(pendulum):
-    env, phi, noise = pendulum
-    with Workers(env, noise_or_failure, 2) as workers:
-        says = "the environment failed in a sampling worker: FloatingPointError: no such luck"
-        with pytest.raises(ProcessError, match=says):
-            workers.rollout({"w": torch.zeros(1)}, phi, noise)
-        assert same(workers.rollout({}, phi, noise), rollout(env, noise_itself({}), phi, noise))
-
-
-def test_what_fails_in_this_process_is_said_the_same_way(pendulum):
-    env, phi, noise = pendulum
-    with pytest.raises(ProcessError, match="the environment failed: FloatingPointError: no such luck"):
-        parallel.rollout_of_stranger(env, noise_or_failure, {"w": torch.zeros(1)}, phi, noise)
-
-
-def test_a_dead_worker_is_noticed_and_none_is_left(pendulum):
-    env, phi, noise = pendulum
-    with Workers(env, noise_itself, 2) as workers:
-        workers.rollout({}, phi, noise)
-        workers.processes[1].kill()
-        workers.processes[1].join()
-        with pytest.raises(ProcessError, match="a sampling worker died"):
-            workers.rollout({}, phi, noise)
-        left = workers.processes
-    assert not any(process.is_alive() for process in left)
-
-
-def test_training_does_not_depend_on_the_workers_and_resumes_exactly(tmp_path):
-    for name, commands in (("once", [(4, 0)]), ("twice", [(2, 2), (4, 1)])):
-        for epochs, workers in commands:
-            words = [*GYM, "--workers", workers, "--resume"]
-            train(tmp_path / name, *words, env="Pendulum-v1", algo="directed-maml", epochs=epochs)
-    assert torture.differences(tmp_path / "once", tmp_path / "twice") == []
 
 
 # --- training processes ---
@@ -249,9 +133,9 @@ def failing(job, tell):
 
 def test_an_error_in_a_training_process_is_raised_here_with_what_it_names():
     with pytest.raises(OSError) as error:
-        parallel.run_jobs(failing, [0, 1, 2], 2, print, [])
+        processes.run_jobs(failing, [0, 1, 2], 2, print, [])
     assert (error.value.errno, error.value.filename) == (28, "x/log.csv")
-    assert sorted(parallel.run_jobs(failing, [0, 2, 3], 2, print, [])) == [0, 2, 3]
+    assert sorted(processes.run_jobs(failing, [0, 2, 3], 2, print, [])) == [0, 2, 3]
 
 
 def ask_to_stop(job, tell):
@@ -264,7 +148,7 @@ def ask_to_stop(job, tell):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_signal_reaches_the_jobs_that_run_and_no_other_begins(count):
     signals = []
-    results = parallel.run_jobs(ask_to_stop, [1, 2, 3], count, lambda news: signals or signals.append(15), signals)
+    results = processes.run_jobs(ask_to_stop, [1, 2, 3], count, lambda news: signals or signals.append(15), signals)
     assert results == [15] * count
 
 
@@ -306,7 +190,7 @@ def serve_late(env):
     parent = os.getppid()
     wait_for(lambda: os.getppid() != parent)
     pipe, _kept = multiprocessing.Pipe()  # both ends are here: it never closes
-    parallel.serve(pipe, env, noise_itself, 0, 1)
+    sampling.serve(pipe, env, noise_itself, 0, 1)
 
 
 def start_and_die(env):
@@ -373,7 +257,7 @@ def test_a_terminals_ctrl_c_reaches_the_workers_too_and_harms_nothing(tmp_path, 
 
 
 def slowly(wait, start):
-    """`parallel.start`, or another function, that returns after `wait`."""
+    """`processes.start`, or another function, that returns after `wait`."""
 
     def slow(*args, **kwargs):
         returned = start(*args, **kwargs)
@@ -387,8 +271,9 @@ def slowly(wait, start):
 @pytest.mark.parametrize("words", [[*PENDULUM], ["--env", "point", "--algo", "maml", "--seed", "1-30"]])
 def test_a_second_ctrl_c_ends_everything_at_once_while_processes_start(tmp_path, start, monkeypatch, words):
     """Thirty training or sampling processes, each of which takes a tenth of a second to start."""
-    monkeypatch.setattr(parallel, "start", slowly(lambda: time.sleep(0.1), parallel.start))
-    monkeypatch.setattr(parallel, "most_processes", lambda: 100)
+    for module in (processes, sampling):
+        monkeypatch.setattr(module, "start", slowly(lambda: time.sleep(0.1), module.start))
+    monkeypatch.setattr(processes, "most_processes", lambda: 100)
     command = start(*words, *("--trajectories", 30, "--workers", 30), out=tmp_path)
     command.wait_for(lambda: len(workers_of(command.pid)) >= 2)
     os.killpg(command.pid, signal.SIGTERM)
@@ -404,7 +289,7 @@ def test_a_signal_while_processes_are_ended_spares_none(pendulum, monkeypatch):
     """It comes after the first is killed."""
     workers = Workers(pendulum[0], noise_itself, 3)
     kill = workers.processes[0].kill
-    with parallel.caught_signals() as signals:
+    with processes.caught_signals() as signals:
         signals.append(signal.SIGINT)
         monkeypatch.setattr(workers.processes[0], "kill", lambda: (kill(), signal.raise_signal(signal.SIGINT)))
         with pytest.raises(KeyboardInterrupt):
@@ -419,146 +304,16 @@ def test_no_more_sampling_workers_than_trajectories_or_than_memory_has_room_for(
     tmp_path, monkeypatch, workers, trajectories, fit, count
 ):
     started = []
-    monkeypatch.setattr(parallel, "most_processes", lambda: fit)
-    monkeypatch.setattr(parallel, "start", slowly(lambda: started.append(1), parallel.start))
+    monkeypatch.setattr(processes, "most_processes", lambda: fit)
+    monkeypatch.setattr(sampling, "start", slowly(lambda: started.append(1), sampling.start))
     words = ["--tasks", 1 if trajectories == 1 else 2, "--trajectories", trajectories, "--workers", workers]
     train(tmp_path, *GYM, *words, env="Pendulum-v1", epochs=1)
     assert len(started) == count
 
 
 def test_processes_fit_into_half_the_memory(monkeypatch):
-    monkeypatch.setattr(parallel, "memory", lambda: 16e9)
-    most = parallel.most_processes()
-    assert most == (80 if parallel.context().get_start_method() == "fork" else 16)
-    monkeypatch.setattr(parallel, "memory", lambda: 1e6)
-    assert parallel.most_processes() == 1
-
-
-# --- torchrun's ranks ---
-
-
-@pytest.fixture
-def start_ranks(start):
-    """start_ranks(count, out, *words): the ranks' processes as torchrun starts them, which keeps the store for them; or
-    rank 0 keeps it, as without torchrun. Ranks from 1 on get the words `others` too."""
-    stores = []
-
-    def start_ranks(count, out, *words, others=(), rank_0_keeps_the_store=False):
-        if rank_0_keeps_the_store:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-        else:
-            stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-            port = stores[-1].port
-        place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        place["TORCHELASTIC_USE_AGENT_STORE"] = not rank_0_keeps_the_store
-        return [
-            start(*COMMAND, *words, *(others if rank else ()), out=out, checkpoint_seconds=0.0,
-                  environment=place | {"RANK": rank, "LOCAL_RANK": rank})
-            for rank in range(count)
-        ]  # fmt: skip
-
-    yield start_ranks
-    stores.clear()
-
-
-def ends(ranks):
-    """Exit codes, and the lines on standard error of all ranks together."""
-    codes, lines = zip(*(rank.wait() for rank in ranks), strict=True)
-    return list(codes), [line for own in lines for line in own]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """What one process makes of the command."""
-    out = tmp_path_factory.mktemp("alone")
-    train(out, *COMMAND, epochs=3)
-    return out
-
-
-def assert_same_numbers(got, expected, rel=1e-5):
-    paths = sorted(path.relative_to(expected) for path in expected.rglob("seed*/*.csv"))
-    assert len(paths) == 4  # two seeds' log.csv and eval.csv
-    for path in paths:
-        for ours, theirs in zip(rows(got / path), rows(expected / path), strict=True):
-            assert ours.keys() == theirs.keys()
-            for key in ours.keys() - {"phi"}:
-                assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=rel)  # "": no δ-step
-    for path in expected.rglob("checkpoint.pt"):
-        states = [torch.load(p, weights_only=True) for p in (path, got / path.relative_to(expected))]
-        for name, expected_value in states[0]["theta"].items():
-            torch.testing.assert_close(states[1]["theta"][name], expected_value, rtol=1e-5, atol=1e-6)
-
-
-def test_five_ranks_make_the_numbers_of_one_up_to_summation_order(alone, tmp_path, start_ranks):
-    assert ends(start_ranks(5, tmp_path, "--epochs", 3)) == ([0] * 5, [])
-    assert_same_numbers(tmp_path, alone)
-
-
-PROMP = ["--outer-steps", 3, "--clip", 0.1, "--kl-penalty", 1]
-
-
-@pytest.mark.parametrize(("algo", "more"), [("directed-sharp-maml", PROMP), ("imaml", []), ("maml++", [])])
-def test_two_ranks_take_the_norm_of_their_common_gradient_and_whatever_else_a_learner_needs(
-    tmp_path, start_ranks, algo, more
-):
-    words = ["--algo", algo, "--tasks", 2, "--epochs", 2, *more]
-    train(tmp_path / "alone", *COMMAND, *words)
-    assert ends(start_ranks(2, tmp_path / "ranks", *words)) == ([0] * 2, [])
-    # Sharp-MAML divides by a norm, and the KL is a small difference: 1.3e-5 was seen
-    assert_same_numbers(tmp_path / "ranks", tmp_path / "alone", rel=1e-4 if more else 1e-5)
-
-
-def test_two_ranks_of_torchrun_do_too_and_one_process_continues_what_they_began(alone, torchrun):
-    process, out = torchrun
-    assert process.wait(timeout=5 * PATIENCE) == 0
-    train(out, *COMMAND, "--resume", epochs=3)
-    assert_same_numbers(out, alone)
-
-
-def test_tasks_that_the_ranks_cannot_share_evenly_are_refused(tmp_path, start_ranks):
-    codes, lines = ends(start_ranks(2, tmp_path, "--tasks", 5))
-    assert codes == [2, 2] and list(tmp_path.iterdir()) == []
-    assert lines == ["run.py: --tasks 5: not a multiple of the 2 ranks; give a multiple"]
-
-
-def test_a_rank_with_other_settings_is_named_and_all_stop(tmp_path, start_ranks):
-    codes, lines = ends(start_ranks(2, tmp_path, "--beta", 0.001, others=["--beta", 0.002]))
-    assert lines == ["run.py: --beta: 0.002 on rank 1, 0.001 on rank 0; start all with the same command"]
-    assert 0 not in codes and not list(tmp_path.rglob("log.csv"))
-
-
-def test_what_rank_0_refuses_is_said_once_and_all_stop(alone, start_ranks):
-    codes, lines = ends(start_ranks(2, alone))
-    assert 0 not in codes
-    assert len(lines) == 1 and "this run exists" in lines[0]
-
-
-@posix
-@pytest.mark.parametrize("rank_0_keeps_the_store", [False, True])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_stops_the_others_in_one_line_with_the_files_intact(
-    tmp_path, start_ranks, rank, rank_0_keeps_the_store, monkeypatch
-):
-    monkeypatch.setattr(parallel, "LAST_WORDS_SECONDS", 0.2)  # forked with it: nobody is left to hear them
-    ranks = start_ranks(2, tmp_path, rank_0_keeps_the_store=rank_0_keeps_the_store)
-    ranks[0].wait_for_epoch(tmp_path / "point-pg/directed-maml/delta0.005/seed2/log.csv")
-    ranks[rank].send(signal.SIGKILL)
-    codes, lines = ends(ranks)
-    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
-    assert len(lines) == 1 and "another rank stopped" in lines[0] and "--resume" in lines[0]
-    states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
-    assert len(states) == 2 and all(len(rows(log)) >= states[0]["epoch"] for log in tmp_path.rglob("log.csv"))
-
-
-@posix
-def test_a_signal_to_one_rank_stops_all_after_the_epoch(tmp_path, start_ranks):
-    ranks = start_ranks(2, tmp_path)
-    ranks[0].wait_for_epoch(tmp_path / "point-pg/directed-maml/delta0.005/seed2/log.csv")
-    ranks[1].send(signal.SIGTERM)
-    codes, lines = ends(ranks)
-    assert codes == [128 + signal.SIGTERM] * 2
-    assert len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with: torchrun .. run.py")
-    states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
-    assert [state["epoch"] for state in states] == [len(rows(log)) for log in tmp_path.rglob("log.csv")]
+    monkeypatch.setattr(processes, "memory", lambda: 16e9)
+    most = processes.most_processes()
+    assert most == (80 if processes.context().get_start_method() == "fork" else 16)
+    monkeypatch.setattr(processes, "memory", lambda: 1e6)
+    assert processes.most_processes() == 1

@@ -1,0 +1,72 @@
+"""What the user sees: one clear line for whatever is wrong, and progress."""
+
+import contextlib
+import signal
+import sys
+import time
+
+from tqdm import tqdm
+
+from checkpoints import RunError
+from harness.processes import ProcessError
+from harness.ranks import Ranks
+
+
+@contextlib.contextmanager
+def one_clear_line():
+    """Whatever is wrong, with the command or with the machine, ends in one line on standard error and an exit code; of
+    several ranks, the one that failed first says it. Yields this process's `Ranks`."""
+    ranks = None
+    try:
+        ranks = Ranks()
+        yield ranks
+        ranks.leave()
+        return
+    except RunError as error:
+        line, code = error, error.code
+    except ProcessError as error:
+        line, code = f"{error}; continue from the last checkpoint with --resume", 1
+    except OSError as error:  # a full disk, a folder that is gone or may not be written
+        path = error.filename2 or error.filename or "files"  # a file that cannot be put in its place: the place
+        line, code = f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        line, code = "out of memory; give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 1
+    except KeyboardInterrupt:  # outside of training, or the second one
+        line, code = "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
+    if ranks is None or ranks.first_to_fail():
+        print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
+    if ranks is not None and ranks.count > 1:
+        ranks.exit(code)
+    raise SystemExit(code)
+
+
+class Progress:
+    """One bar for all runs of the command, counting every run's epochs; without a terminal, a line every 30 seconds."""
+
+    def __init__(self, runs, args, ranks):
+        self.show = not args.quiet and ranks.rank == 0
+        done = sum(run.state["epoch"] for run in runs)
+        self.bar = tqdm(total=args.epochs * len(runs), initial=done, unit="epoch", disable=None if self.show else True)
+        self.lines, self.said, self.start = self.show and self.bar.disable, time.monotonic(), time.monotonic()
+        self.done, self.begun, self.total = done, done, args.epochs * len(runs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def update(self, news):
+        algo, count, mean_return = news
+        self.done += count
+        self.bar.set_description(algo, refresh=False)
+        self.bar.set_postfix(return_post=f"{mean_return:.4g}", refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.lines and now - self.said > 30:
+            left = (now - self.start) / (self.done - self.begun) * (self.total - self.done)
+            print(f"{algo}: return {mean_return:.4g}; {self.done} of all runs' {self.total} epochs, {left:.0f} s left",
+                  file=sys.stderr)  # fmt: skip
+            self.said = now
