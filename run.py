@@ -259,7 +259,7 @@ class ReplayedLoss(TaskLoss):
         return policies.kl(maml.expand(theta, before["mask"].shape[1]), before, self.head)
 
 
-def penalised(meta_learner, eta):
+def penalised(meta_learner, eta, ranks):
     """Add η Σᵢ ∇KL(π_old ‖ π_θ), of the policy before adaptation, to the meta-gradient of replayed trajectories
     (Rothfuss et al. 2019). When they are drawn it is 0."""
 
@@ -268,6 +268,7 @@ def penalised(meta_learner, eta):
         if task_loss.replays is not None:
             penalty = eta * task_loss.kl(theta).sum()
             gradients = torch.autograd.grad(penalty, list(theta.values()), materialize_grads=True)  # 0 of the critic
+            ranks.sum(gradients)
             for p, gradient in zip(theta.values(), gradients, strict=True):
                 p.grad += gradient
         return returned
@@ -352,12 +353,19 @@ class Batch:
 
     def make_meta_learner(self):
         """The one that --algo names, without the δ-step."""
+        # The wrappers' order, from the outside in:
+        # directed   the δ-step comes first, and all the rest is at the θ that it leaves;
+        # penalised  ∇KL is taken at θ; inside of sharp it would be at θ + ρ g/‖g‖, and there it raises the KL at θ;
+        # sharp      its g is the meta-gradient of all ranks' tasks;
+        # ranks      sums up the meta-gradients of the ranks' own tasks, which are the learner's.
         settings = self.settings
         meta_learner = partial(self.learner.function, inner_steps=settings["inner_steps"])
-        if settings["kl_penalty"]:
-            meta_learner = penalised(meta_learner, settings["kl_penalty"])
         meta_learner = self.ranks.share(meta_learner, self.learned, self.learner.averages)
-        return maml.sharp(meta_learner, settings["rho"]) if self.learner.sharp else meta_learner
+        if self.learner.sharp:
+            meta_learner = maml.sharp(meta_learner, settings["rho"])
+        if settings["kl_penalty"]:
+            meta_learner = penalised(meta_learner, settings["kl_penalty"], self.ranks)
+        return meta_learner
 
     def own_setting(self, name):
         """A setting of this learner alone: a word or whole number, which is the same in all runs, or (S, 1)."""
