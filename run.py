@@ -286,8 +286,10 @@ def evaluate(batch):
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
-        proximal = batch.learner.proximal
-        objective = maml.proximal(task_loss, theta, batch.learner_options["lambda_"]) if proximal else task_loss
+        objective = task_loss
+        if batch.learner.proximal:  # steps of another α are pulled back to θ by the same share of the way: α λ
+            lambda_ = batch.learner_options["lambda_"] * batch.alpha / batch.eval_alpha
+            objective = maml.proximal(task_loss, theta, lambda_)
         adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
@@ -336,8 +338,8 @@ class Batch:
         step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
         self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes, stacked["optimizer"])
         self.learner, self.schedules = learner_of(self.settings["algo"]), {}
-        names = () if self.learner.each_epoch else self.learner.settings
-        self.learner_options = {name: self.own_setting(name) for name in names}
+        names = [name for name in self.learner.settings if self.settings[name] is not None]
+        self.learner_options = {} if self.learner.each_epoch else {name: self.own_setting(name) for name in names}
         self.draws_per_gradient = self.settings["inner_steps"] + self.learner.losses_after  # up to a query's
         self.meta_learner = self.undirected = self.make_meta_learner()
         if self.settings["delta"] is not None:

@@ -118,7 +118,8 @@ class Policy:
         theta = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
         objective = lambda params: self.loss(params, draw(params))  # noqa: E731
         if learner_of(self.settings["algo"]).proximal:
-            objective = maml.proximal(objective, theta, self.settings["lambda_"])
+            lambda_ = self.settings["lambda_"] * self.settings["alpha"] / self.alpha  # as run.py's evaluation
+            objective = maml.proximal(objective, theta, lambda_)
         adapted = maml.adapt(theta, objective, self.alpha, steps, second_order=False)
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 
