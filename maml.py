@@ -212,7 +212,7 @@ def multi_step_weights(inner_steps, epoch, epochs):
     return [early] * (inner_steps - 1) + [1 - (inner_steps - 1) * early]
 
 
-def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_steps=5):
+def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_steps=5, cg_damping=1.0):
     """The implicit meta-gradient Σᵢ (I + ∇²L_Tᵢ(θ'ᵢ)/λ)⁻¹ ∇L_Tᵢ(θ'ᵢ)  (Rajeswaran et al. 2019, Lemma 1).
 
     θ'ᵢ: `inner_steps` plain steps on the `proximal` objective, at whose minimum this is exact,
@@ -220,6 +220,8 @@ def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_ste
     theta: dict of leaves (S, 1, ...); alpha as in `adapt`, never learned; lambda_ as in `proximal`.
     task_loss is called `inner_steps` + 2 times: for the Hessian once, and for the query last.
     cg_steps: of conjugate gradients, a Hessian-vector product each; 0 takes ∇L(θ'ᵢ) alone.
+    cg_damping: d ≥ 0, a number or (S, 1), divides the Hessian by (1 + d) λ instead of λ. Its authors'
+    code solves ((1 + d) I + ∇²L/λ) x = ∇L; this is that x times 1 + d, so β means the same for all d.
     Raises ValueError as `adapt` and `proximal` do, and where cg_steps is negative.
     """
     if cg_steps < 0:
@@ -231,8 +233,10 @@ def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_ste
     hessian = hessian_of(loss_per_task(task_loss, adapted), [*adapted.values()])
     query_loss = loss_per_task(task_loss, adapted)
     gradient = flatten(torch.autograd.grad(query_loss.sum(), [*adapted.values()]))  # (S, M, N)
-    strength = of_each_run(lambda_, gradient)  # a number, or (S, 1, 1)
-    solution = conjugate_gradients(lambda v: v + hessian(v) / strength, gradient, cg_steps)
+    damping = of_each_run(cg_damping, gradient)  # a number, or (S, 1, 1)
+    strength = (1 + damping) * of_each_run(lambda_, gradient)
+    bound = damping / (1 + damping)  # where I + ∇²L/λ has no curvature
+    solution = conjugate_gradients(lambda v: v + hessian(v) / strength, gradient, cg_steps, bound)
     sizes = [p[0, 0].numel() for p in theta.values()]
     parts = solution.sum(1, keepdim=True).split(sizes, 2)  # (S, 1, n) of each parameter
     for p, part in zip(theta.values(), parts, strict=True):
@@ -282,19 +286,20 @@ def hessian_of(loss, params):
     return product
 
 
-def conjugate_gradients(product, b, steps):
+def conjugate_gradients(product, b, steps, bound=0.0):
     """x ≈ A⁻¹b by conjugate gradients (Hestenes, Stiefel 1952), for every run and task at once.
 
     product: v (S, M, N) -> Av, A symmetric, one for each run and task; b: (S, M, N).
-    A task stops where vᵀAv ≤ 0 along its direction v: its Hessian is indefinite and λ too small. It
-    keeps the x it has, or b if that was the first direction.
+    A task stops where vᵀAv ≤ bound ‖v‖² along its direction v: its Hessian is indefinite and λ too
+    small. It keeps the x it has, or b if that was the first direction. So no step is longer than
+    what is left of b, divided by the bound.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     squared = (residual * residual).sum(2, keepdim=True)  # (S, M, 1)
     for _ in range(steps):
         image = product(direction)
         curvature = (direction * image).sum(2, keepdim=True)
-        convex = curvature > 0
+        convex = curvature > bound * (direction * direction).sum(2, keepdim=True)
         step = torch.where(convex, squared / curvature, 0.0)
         x = x + step * direction
         residual = residual - step * image
@@ -386,7 +391,7 @@ LEARNERS = {
         maml_plus_plus, ("first_order_epochs", "multi_step_epochs"), maml_plus_plus_epoch, {"inner_steps": 2},
         learns_alpha=True, alpha_by_step=True, joint_training=False,
     ),
-    "imaml": Learner(imaml, ("lambda_", "cg_steps"), proximal=True, losses_after=2, joint_training=False),
+    "imaml": Learner(imaml, ("lambda_", "cg_steps", "cg_damping"), proximal=True, losses_after=2, joint_training=False),
     "sharp-maml": Learner(maml, sharp=True),
     "sharp-fomaml": Learner(fomaml, sharp=True, second_order=False),
 }

@@ -240,7 +240,7 @@ class ReplayedLoss(TaskLoss):
         return policies.kl(maml.expand(theta, before["mask"].shape[1]), before, self.head)
 
 
-def penalised(meta_learner, eta):
+def penalised(meta_learner, eta, ranks):
     """Add η Σᵢ ∇KL(π_old ‖ π_θ), of the policy before adaptation, to the meta-gradient of replayed trajectories
     (Rothfuss et al. 2019). When they are drawn it is 0."""
 
@@ -249,6 +249,7 @@ def penalised(meta_learner, eta):
         if task_loss.replays is not None:
             penalty = eta * task_loss.kl(theta).sum()
             gradients = torch.autograd.grad(penalty, list(theta.values()), materialize_grads=True)  # 0 of the critic
+            ranks.sum(gradients)
             for p, gradient in zip(theta.values(), gradients, strict=True):
                 p.grad += gradient
         return returned
@@ -266,8 +267,10 @@ def evaluate(batch):
     own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
-        proximal = batch.learner.proximal
-        objective = maml.proximal(task_loss, theta, batch.learner_options["lambda_"]) if proximal else task_loss
+        objective = task_loss
+        if batch.learner.proximal:  # steps of another α are pulled back to θ by the same share of the way: α λ
+            lambda_ = batch.learner_options["lambda_"] * batch.alpha / batch.eval_alpha
+            objective = maml.proximal(task_loss, theta, lambda_)
         adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
         own.copy_(torch.stack(task_loss.returns, 2))
@@ -307,8 +310,8 @@ class Batch:
         step_sizes = [sizes["beta"]] * len(self.theta) + [sizes["beta_alpha"]] * len(learned_alpha)
         self.optimizer = OPTIMIZERS[self.settings["optimizer"]](self.learned, step_sizes, stacked["optimizer"])
         self.learner, self.schedules = learner_of(self.settings["algo"]), {}
-        names = () if self.learner.each_epoch else self.learner.settings
-        self.learner_options = {name: self.own_setting(name) for name in names}
+        names = [name for name in self.learner.settings if self.settings[name] is not None]
+        self.learner_options = {} if self.learner.each_epoch else {name: self.own_setting(name) for name in names}
         self.draws_per_gradient = self.settings["inner_steps"] + self.learner.losses_after  # up to a query's
         self.meta_learner = self.undirected = self.make_meta_learner()
         if self.settings["delta"] is not None:
@@ -324,12 +327,19 @@ class Batch:
 
     def make_meta_learner(self):
         """The one that --algo names, without the δ-step."""
+        # The wrappers' order, from the outside in:
+        # directed   the δ-step comes first, and all the rest is at the θ that it leaves;
+        # penalised  ∇KL is taken at θ; inside of sharp it would be at θ + ρ g/‖g‖, and there it raises the KL at θ;
+        # sharp      its g is the meta-gradient of all ranks' tasks;
+        # ranks      sums up the meta-gradients of the ranks' own tasks, which are the learner's.
         settings = self.settings
         meta_learner = partial(self.learner.function, inner_steps=settings["inner_steps"])
-        if settings["kl_penalty"]:
-            meta_learner = penalised(meta_learner, settings["kl_penalty"])
         meta_learner = self.ranks.share(meta_learner, self.learned, self.learner.averages)
-        return maml.sharp(meta_learner, settings["rho"]) if self.learner.sharp else meta_learner
+        if self.learner.sharp:
+            meta_learner = maml.sharp(meta_learner, settings["rho"])
+        if settings["kl_penalty"]:
+            meta_learner = penalised(meta_learner, settings["kl_penalty"], self.ranks)
+        return meta_learner
 
     def own_setting(self, name):
         """A setting of this learner alone: a word or whole number, which is the same in all runs, or (S, 1)."""

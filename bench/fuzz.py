@@ -124,6 +124,8 @@ def right_line(rng):
     needs_steps = not all(learner_of(algo).joint_training for algo in line["algo"])
     if needs_steps and "0" in line.get("alpha", []):
         line["alpha"] = ["1"]  # α = 0 is joint training too
+    if "lambda_" in line:
+        line["lambda_"] = ["0.5"]  # α λ is below 2 for every α of NUMBERS
     if line["trajectories"] == ["1"]:  # too few for most baselines
         line["trajectories"] = ["2"]
     if line.get("medium") == ["pooled"]:  # K a multiple of M

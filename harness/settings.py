@@ -154,6 +154,7 @@ ADAPTING = Need("--inner-steps 1 or more", lambda args, algo: args.inner_steps !
 ACTOR_CRITIC = Need("--rl ac", lambda args, algo: args.rl == "ac")
 WHITENED = Need("--advantages whitened", lambda args, algo: args.advantages != "raw")
 WATCH = Need("--watch RUN", lambda args, algo: args.watch is not None)
+SOLVING = Need("--cg-steps 1 or more", lambda args, algo: args.cg_steps != 0)
 SEVERAL_STEPS = Need("--inner-steps 2 or more", lambda args, algo: args.inner_steps != 1)
 REPLAYING = both(
     Need("--outer-steps 2 or more", lambda args, algo: (args.outer_steps or 1) > 1),
@@ -239,6 +240,8 @@ SETTINGS = {
                 needs=owner_of("lambda_"), letter="λ"),
         Setting("cg_steps", "steps of conjugate gradients for iMAML's meta-gradient; 0: no Hessian", "10",
                 number(int, 0, 10**9), 1, needs=owner_of("cg_steps")),
+        Setting("cg_damping", "d: iMAML's meta-gradient takes (1 + d) λ for λ; above 0 it is bounded", "0.1", size, 1.0,
+                needs=both(owner_of("cg_damping"), SOLVING)),
         Setting("first_order_epochs", "first epochs of MAML++ with first-order meta-gradients", "0",
                 number(int, 0, 10**9), 50, needs=owner_of("first_order_epochs")),
         Setting("multi_step_epochs", "MAML++ weighs the losses after all inner steps alike at first, the last alone "
@@ -525,6 +528,7 @@ def plan(args, algo, env):
         if learner.proximal and args.lambda_ is None:
             # Then α(∇L(θ') + λ(θ' − θ)) = α∇L(θ') + θ' − θ: every inner step is θ' ← θ − α∇L(θ'), as far as MAML's one.
             own["lambda_"] = 1 / own["alpha"]
+        check_pull(own)
         varied = [x for x in SWEPT if own[x] is not None and (x in ("delta", "seed") or len(swept[x]) > 1)]
         names = [f"{x}{own[x]:.12g}" if x != "seed" else f"seed{own[x]}" for x in varied]
         runs.append((folder_of_all(args) / algo / "/".join(names), own))
@@ -567,6 +571,16 @@ def check_run(settings, beta_alpha):
     if trajectories == 1 and baseline in ("step", "linear"):
         remedy = "give --trajectories 2 or more, or --baseline task"
         raise RunError(f"--trajectories 1: --baseline {baseline} compares trajectories of a task; {remedy}", 2)
+
+
+def check_pull(settings):
+    """Reject a λ with which every inner step overshoots θ itself by as much as it was away, or more."""
+    alpha, lambda_ = settings["alpha"], settings["lambda_"]
+    if lambda_ is not None and alpha * lambda_ >= 2:
+        raise RunError(
+            f"--lambda {lambda_:g}: with --alpha {alpha:g} the inner steps diverge, since α λ >= 2; give a --lambda "
+            f"below {2 / alpha:g}, or a smaller --alpha", 2,
+        )  # fmt: skip
 
 
 def folder_of_all(args):

@@ -161,7 +161,9 @@ class Policy:
                 return self.loss(params, next(batches), head)
 
         if learner_of(self.settings["algo"]).proximal:
-            objective = maml.proximal(objective, theta, self.settings["lambda_"])
+            # Steps of another α are pulled back by the same share α λ, as in run.py's evaluation.
+            lambda_ = self.settings["lambda_"] * self.settings["alpha"] / self.alpha
+            objective = maml.proximal(objective, theta, lambda_)
         adapted = maml.adapt(theta, objective, self.alpha, steps, second_order=False)
         return replace(self, theta={name: p.detach() for name, p in adapted.items()})
 

@@ -93,6 +93,8 @@ def test_lambda_is_one_over_the_alpha_of_each_run_unless_it_is_given():
         ("maml", ["--rho", 1], "--rho does nothing without an algorithm with sharp- in its name"),
         ("maml++", ["--eval-alpha", 1], "--eval-alpha does nothing without an algorithm whose α is not learned"),
         ("imaml", ["--lambda", 0], "--lambda: '0': expected a finite number > 0"),
+        ("imaml", ["--lambda", 2000], "--lambda 2000: with --alpha 0.001 the inner steps diverge, since α λ >= 2"),
+        ("imaml", ["--lambda", 10, "--alpha", 0.1, 0.2], "give a --lambda below 10, or a smaller --alpha"),
         ("imaml", ["--alpha", 0], "--alpha 0: imaml would never take an inner step; give --alpha above 0"),
         ("maml++", ["--alpha", 0], "give --alpha above 0, or --beta-alpha"),
         ("imaml", ["--inner-steps", 0], "--inner-steps 0: imaml learns from inner steps"),
@@ -155,6 +157,17 @@ def test_imaml_is_evaluated_on_its_proximal_objective(tmp_path):
     assert returns["strong"][2] != pytest.approx(returns["maml"][2], rel=1e-4)
 
 
+def test_another_alpha_of_imamls_evaluation_pulls_back_by_the_same_share(tmp_path):
+    """α λ = 0.3 in both: θ' ← θ' − α ∇L − 0.3 (θ' − θ)."""
+    tables = []
+    for name, words in (("other", ["--alpha", 0.1, "--lambda", 3, "--eval-alpha", 0.2]), ("same", ["--alpha", 0.2])):
+        words = [*words, *(["--lambda", 1.5] if name == "same" else []), "--eval-steps", 3, *STILL]
+        train(tmp_path / name, *words, env="point", algo="imaml", epochs=1)
+        tables.append(rows(tmp_path / name / "point-pg/imaml/seed1/eval.csv"))
+    for ours, theirs in zip(*tables, strict=True):
+        assert float(ours["return"]) == pytest.approx(float(theirs["return"]), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def episodes():
     """Three lists of two CartPole episodes."""
@@ -163,8 +176,8 @@ def episodes():
 
 
 def test_a_loaded_imaml_run_takes_the_steps_of_its_proximal_objective(tmp_path, episodes):
-    """θ₁ = θ − αg(θ), and θ₂ = θ₁ − α(g(θ₁) + λ(θ₁ − θ)), g on the episodes of each step."""
-    train(tmp_path, "--alpha", 0.1, "--lambda", 3, algo="imaml", epochs=1)
+    """θ₁ = θ − α'g(θ), and θ₂ = θ₁ − α'g(θ₁) − αλ(θ₁ − θ), g on the episodes of each step, α' of the evaluation."""
+    train(tmp_path, "--alpha", 0.1, "--lambda", 3, "--eval-alpha", 0.2, algo="imaml", epochs=1)
     policy = trained.load(tmp_path / "cartpole-pg/imaml/seed1")
     assert policy.inner_steps == planned("imaml")[0]["inner_steps"]
     theta = first = policy.theta
@@ -173,7 +186,7 @@ def test_a_loaded_imaml_run_takes_the_steps_of_its_proximal_objective(tmp_path, 
         loss = policy.loss(leaves, policy.trajectories(part))
         gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         pulled = zip(first.items(), gradients, theta.values(), strict=True)
-        first = {name: p - 0.1 * (g + 3 * (p - start)) for (name, p), g, start in pulled}
+        first = {name: p - 0.2 * g - 0.3 * (p - start) for (name, p), g, start in pulled}
     adapted = policy.adapt(episodes=episodes[:2]).theta
     for name, p in first.items():
         torch.testing.assert_close(adapted[name], p.detach(), rtol=1e-5, atol=1e-7)

@@ -368,7 +368,7 @@ def converged(a, c, x):
 def test_imaml_is_the_closed_form_on_quadratics(inner_steps):
     a, c, x, task_loss = quadratics()
     theta = {"x": x.clone().requires_grad_()}
-    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=1)
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=1, cg_damping=0)
     # The proximal objective is a quadratic of curvature a + λ: each step shrinks the distance from its minimum.
     minimum = converged(a, c, x)
     adapted = minimum + (1 - ALPHA * (a + LAMBDA)) ** inner_steps * (x - minimum)
@@ -405,7 +405,7 @@ def test_imaml_solves_every_tasks_own_linear_system_over_all_parameters():
         adapted = adapted - 0.01 * slope
     gradient = torch.einsum("smij,smj->smi", hessian, adapted - c)
     expected = torch.linalg.solve(identity + hessian / LAMBDA, gradient).sum(1, keepdim=True)
-    imaml(theta, task_loss, 0.01, M, inner_steps, LAMBDA, cg_steps=5)  # 5 numbers: exact after 5 steps
+    imaml(theta, task_loss, 0.01, M, inner_steps, LAMBDA, 5, cg_damping=0)  # 5 numbers: exact after 5 steps
     torch.testing.assert_close(theta["u"].grad, expected[:, :, :2], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(theta["v"].grad, expected[:, :, 2:, None], rtol=1e-9, atol=1e-9)
 
@@ -420,7 +420,7 @@ def test_imaml_equals_differentiating_through_many_inner_steps():
 
     through = adapt(start, proximal_with_theta_in_the_graph, ALPHA, inner_steps)
     expected = torch.autograd.grad(task_loss(through).sum(), list(theta.values()))
-    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=24)
+    imaml(theta, task_loss, ALPHA, M, inner_steps, LAMBDA, cg_steps=24, cg_damping=0)
     for p, gradient in zip(theta.values(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-9)
     solved = theta["w"].grad
@@ -434,22 +434,24 @@ def test_imaml_asks_for_one_draw_for_the_hessian_and_the_last_for_the_query():
     for cg_steps in (1, 4):
         draws = iter(curvatures)
         theta = {"x": x.clone().requires_grad_()}
-        imaml(theta, lambda params, d=draws: 0.5 * next(d) * (params["x"] - c) ** 2, ALPHA, M, 2, LAMBDA, cg_steps)
+        imaml(theta, lambda params, d=draws: 0.5 * next(d) * (params["x"] - c) ** 2, ALPHA, M, 2, LAMBDA, cg_steps, 0)
         assert next(draws, None) is None
         adapted = x - ALPHA * 1.0 * (x - c)
         adapted = adapted - ALPHA * (2.0 * (adapted - c) + LAMBDA * (adapted - x))
         torch.testing.assert_close(theta["x"].grad, (3.0 * (adapted - c) / (1 + 5.0 / LAMBDA)).sum(1, keepdim=True))
 
 
-def test_a_task_of_too_negative_curvature_takes_its_plain_gradient_and_disturbs_no_other():
-    a, c, x, _ = quadratics()
-    a[0, 1] = -3 * LAMBDA  # 1 + a/λ = −2
+@pytest.mark.parametrize("damping", [0.0, 1.0, torch.tensor([[1.0], [3.0]], dtype=torch.float64)])
+def test_damping_is_the_authors_form_and_bounds_a_task_of_any_curvature(damping):
+    """x = (1 + d) ∇L / (1 + d + a/λ); where 1 + a/λ ≤ 0 the plain gradient. So x/∇L is at most (1 + d)/d."""
+    share = torch.tensor([[-3.0, -1.001, -0.999, -0.5, 0.0, 2.0]], dtype=torch.float64).expand(S, 6)  # a/λ
+    _, _, x, _ = quadratics()
     theta = {"x": x.clone().requires_grad_()}
-    imaml(theta, lambda params: 0.5 * a * (params["x"] - c) ** 2, ALPHA, M, 1, LAMBDA, cg_steps=3)
-    gradient = a * (1 - ALPHA * a) * (x - c)
-    solved = gradient / (1 + a / LAMBDA)
-    solved[0, 1] = gradient[0, 1]
-    torch.testing.assert_close(theta["x"].grad, solved.sum(1, keepdim=True))
+    factors = torch.where(1 + share > 0, (1 + damping) / (1 + damping + share), 1.0)
+    if torch.is_tensor(damping):
+        assert (factors <= (1 + damping) / damping).all()
+    imaml(theta, lambda params: 0.5 * LAMBDA * share * params["x"] ** 2, ALPHA, 6, 0, LAMBDA, 3, damping)
+    torch.testing.assert_close(theta["x"].grad, (factors * LAMBDA * share * x).sum(1, keepdim=True))
 
 
 def test_conjugate_gradients_keep_what_they_have_where_a_later_direction_is_not_convex():
@@ -473,7 +475,7 @@ def test_imaml_at_a_minimum_is_zero_and_not_nan():
 def test_imaml_where_the_loss_is_linear_in_one_parameter_leaves_that_gradient_as_it_is():
     a, c, x, quadratic = quadratics()
     theta = {"x": x.clone().requires_grad_(), "y": x.clone().requires_grad_()}
-    imaml(theta, lambda params: quadratic(params) + 3 * params["y"], ALPHA, M, 0, LAMBDA, cg_steps=2)
+    imaml(theta, lambda params: quadratic(params) + 3 * params["y"], ALPHA, M, 0, LAMBDA, 2, cg_damping=0)
     torch.testing.assert_close(theta["y"].grad, torch.full_like(x, 3.0 * M))
     torch.testing.assert_close(theta["x"].grad, (a * (x - c) / (1 + a / LAMBDA)).sum(1, keepdim=True))
 
@@ -628,6 +630,7 @@ def test_no_learner_waits_for_a_number_of_the_device(name):
     """On torch's device "meta" a tensor has no values: asking for one is an error, as it is in a CUDA graph."""
     row, steps = LEARNERS[name], 2
     own = {"lambda_": torch.ones(S, 1, device="meta"), "step_weights": torch.ones(steps, device="meta")}
+    own["cg_damping"] = own["lambda_"]
     options = {key: x for key, x in own.items() if key in row.function.__code__.co_varnames}
     theta = {"w": torch.ones(S, 1, 4, device="meta", requires_grad=True)}
     alpha = alpha_of(name, theta, torch.ones(S, 1, device="meta"), steps)

@@ -193,6 +193,7 @@ OTHER = {
     "beta_alpha": (["--epochs", "2"], ["0.3"]),
     "lambda_": ([], ["3"]),
     "cg_steps": ([], ["3"]),
+    "cg_damping": ([], ["0"]),
     "first_order_epochs": ([], ["1"]),
     "multi_step_epochs": ([], ["0"]),
     "rho": ([], ["0.5"]),
@@ -279,6 +280,7 @@ def test_every_flag_changes_the_run_of_every_algorithm_or_is_refused(tables):
         ("maml", ["--estimator", "dice", "--inner-steps", 0], "--estimator does nothing"),
         ("maml", ["--estimator", "dice", "--alpha", 0], "--estimator does nothing"),
         ("imaml", ["--estimator", "dice", "--cg-steps", 0], "--estimator does nothing"),
+        ("imaml", ["--cg-damping", 3, "--cg-steps", 0], "imaml, and --cg-steps 1 or more"),
         ("maml++", ["--multi-step-epochs", 3, "--inner-steps", 1], "maml++, and --inner-steps 2 or more"),
     ],
 )
