@@ -1,8 +1,10 @@
 """Numbers and names as tables, figures and messages show them."""
 
+import math
+
 
 def printable(text):
-    """The text on one line: control characters, line breaks and the like become backslash escapes."""
+    """The text on one line: line breaks, control characters and such become backslash escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -17,10 +19,12 @@ def setting_text(value):
 
 def thousands(x):
     """Three digits, with k or M."""
+    if math.isinf(x):
+        return "∞"
     x = float(f"{x:.3g}")
-    if x >= 1e6:
+    if abs(x) >= 1e6:
         return f"{x / 1e6:.3g}M"
-    if x >= 1e3:
+    if abs(x) >= 1e3:
         return f"{x / 1e3:.3g}k"
     return f"{x:g}"
 

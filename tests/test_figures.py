@@ -71,11 +71,6 @@ def test_held_out_returns_of_a_plane_are_averaged_over_equal_distance(tmp_path):
     np.testing.assert_allclose(returns, [[[10, 10], [11, 11], [12, 12]]])
 
 
-def test_ticks_are_short():
-    ticks = [figures.short(x) for x in (-200_000.0, 0.0, 999.6, 350_000.0, 1.2e6)]
-    assert ticks == ["-200k", "0", "1k", "350k", "1.2M"]
-
-
 def test_a_title_says_what_its_lines_and_bands_are():
     titles = [figures.over_seeds({"maml": [None] * count, "fomaml": [None]}) for count in (1, 2, 3)]
     assert titles == ["", "; median over seeds", "; median over seeds, pointwise 95% interval"]

@@ -564,11 +564,10 @@ def test_what_an_environment_says_may_hold_backquotes_and_comes_with_its_file_an
     error = refused(capsys, tmp_path, "--param", "pull", "--range", 0, 1, env=odd(fail))
     line = fail.__code__.co_firstlineno + 1
     assert f"fails at pull = 0 (ValueError: `speed` must be set (test_gyms.py, line {line})); give others" in error
-    (tmp_path / "mine.py").write_text("import gymnasium; gymnasium.register('Pole-v0', lambda: None)")
+    (tmp_path / "registering.py").write_text("import gymnasium; gymnasium.register('Registered-v0', dict)")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "--env mine:Pol-v0: gymnasium cannot make it: NameNotFound: Environment `Pol`" in refused(
-        capsys, tmp_path, env="mine:Pol-v0"
-    )
+    error = refused(capsys, tmp_path, env="registering:Registred-v0")
+    assert "--env registering:Registred-v0: gymnasium cannot make it: NameNotFound: Environment `Registred`" in error
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

@@ -159,7 +159,7 @@ def test_the_interval_of_a_probability_of_improvement_holds_it(n, least):
 
 
 def test_ema_by_hand():
-    np.testing.assert_allclose(measures.ema([10, 20, 0], 0.9), [10, 11, 9.9])
+    np.testing.assert_allclose(measures.ema([10, 20, 0]), [10, 11, 9.9])
 
 
 def logged(returns, env_steps=None, failed=False):

@@ -219,25 +219,6 @@ def test_one_outer_step_is_the_plain_epoch_and_more_begin_with_it(tmp_path):
     assert plain[1]["return_post"] != three[1]["return_post"] and plain[1]["env_steps"] == three[1]["env_steps"]
 
 
-@pytest.mark.parametrize(
-    ("algo", "words"),
-    [
-        ("directed-maml", ["--rl", "ac", "--optimizer", "adam", *WORDS]),
-        ("reptile", ["--outer-steps", 2]),
-        ("directed-imaml", WORDS),
-        ("sharp-fomaml", WORDS),
-        ("maml++", [*WORDS, "--baseline", "linear"]),
-        ("maml", [*WORDS, "--inner-steps", 0, "--advantages", "raw"]),
-    ],
-)
-def test_every_column_is_the_same_alone_and_in_a_sweep_and_after_resuming(tmp_path, algo, words):
-    train(tmp_path / "alone", "--seed", 2, *words, algo=algo, epochs=3)
-    train(tmp_path / "sweep", "--seed", 1, 2, *words, algo=algo, epochs=1)
-    train(tmp_path / "sweep", "--seed", 1, 2, *words, "--resume", algo=algo, epochs=3)
-    logs = [rows(next((tmp_path / x).rglob("seed2/log.csv"))) for x in ("alone", "sweep")]
-    assert logs[0] == logs[1] and all(float(row["kl"]) > 0 for row in logs[0])
-
-
 def test_the_penalty_keeps_the_policy_near_the_old_one(tmp_path):
     divergences = {}
     for eta in (0, 3):

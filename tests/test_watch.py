@@ -57,15 +57,6 @@ def test_the_axes_of_all_pictures_are_those_of_the_whole_episode(monkeypatch):
     plt.close("all")
 
 
-@pytest.mark.parametrize("name", watch.DRAWN)
-def test_the_other_families_draw_themselves(name):
-    env = envs.ENVS[name]
-    obs = np.linspace(-1, 1, 2 * env.obs_dim).reshape(1, 1, 1, 2, env.obs_dim)
-    episode = {"obs": obs, "mask": np.ones((1, 1, 1, 2), bool), "last_obs": obs[:, :, :, 1]}
-    first, *_, last = watch.frames(name, env, np.array(env.high), None, episode)
-    assert first.shape == last.shape and (first != last).any()
-
-
 def test_a_family_that_draws_nothing_shows_its_observations_against_time(tmp_path, monkeypatch):
     """A point in space: three observations, as no family of ours has."""
     space = replace(
