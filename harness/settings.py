@@ -405,7 +405,10 @@ def settings_in(folder):
     Each goes through its flag's own type, and none becomes a word of a command line.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = checkpoints.read_regular(folder / "config.json")
+        if text is None:
+            raise FileNotFoundError("no config.json")
+        config = json.loads(text)
         if "phi_names" not in config:
             raise ValueError("written by an earlier version of this code, or no run's")
         names = [setting.name for setting in ALL_SETTINGS.values() if setting.identity]

@@ -11,8 +11,7 @@ import torch
 import envs
 import maml
 import policies
-from envs import ENVS, draw_noise, held_out_tasks, medium_task, stream
-from harness.gyms import FAMILIES, Gymnasium, make
+from envs import ENVS, draw_noise, held_out_tasks, make, medium_task, stream
 from tests.noise import noise_of, tasks_of, uniform_of
 
 CARTPOLE = ENVS["cartpole"]
@@ -398,118 +397,6 @@ def test_bounds_that_make_no_sense_are_refused(bounds):
     assert error.value.argument == "bounds" and error.value.line("--range").startswith("--range ")
 
 
-# --- gymnasium's environments ---
-
-
-def plain_loop(env_id, attribute, value, seed, actions):
-    """One episode by hand: gymnasium's own environment, and nothing around it."""
-    env = gymnasium.make(env_id)
-    setattr(env.unwrapped, attribute, value)
-    obs, rewards = [env.reset(seed=seed)[0]], []
-    for action in actions:
-        first, reward, terminated, truncated, _ = env.step(action)
-        obs.append(first)
-        rewards.append(reward)
-        if terminated or truncated:
-            break
-    return np.array(obs, np.float32), np.array(rewards, np.float32), terminated, truncated
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "env_id", "attribute", "sign", "values"),
-    [
-        ("lunarlander", {}, "LunarLander-v3", "gravity", -1, [5.0, 7.5, 10.0, 12.5, 15.0]),
-        ("Pendulum-v1", {"names": ["g"], "bounds": [5, 15]}, "Pendulum-v1", "g", 1, [5.0, 15.0]),
-        ("CartPole-v1", {"names": ["gravity"], "bounds": [5, 15]}, "CartPole-v1", "gravity", 1, [5.0, 15.0]),
-    ],
-)
-def test_a_rollout_is_a_plain_loop_over_gymnasium(name, options, env_id, attribute, sign, values):
-    env = make(name, horizon=250, **options)
-    noise = noise_of(env, [3], 0, len(values), 2)
-
-    def act(obs, noise):
-        return noise.argmax(-1) if isinstance(env.actions, int) else noise
-
-    batch = rollout(env, act, torch.tensor(values)[None, :, None], noise)
-    seen = set()
-    for i, value in enumerate(values):
-        for k in range(2):
-            actions = batch["actions"][0, i, k].numpy()
-            if not isinstance(env.actions, int):
-                low, high = np.array(env.actions, np.float32)
-                actions = low + (actions.clip(-1, 1) + 1) / 2 * (high - low)
-            seed = int(noise["reset"][0, i, k, 0].item() * 2**24)
-            length = int(batch["mask"][0, i, k].sum())
-            obs, rewards, terminated, truncated = plain_loop(env_id, attribute, sign * value, seed, actions[:length])
-            assert len(rewards) == length and (length == 250 or terminated or truncated)
-            np.testing.assert_array_equal(batch["obs"][0, i, k, :length].numpy(), obs[:-1])
-            np.testing.assert_array_equal(batch["rewards"][0, i, k, :length].numpy(), rewards)
-            assert terminated == batch["terminated"][0, i, k]
-            if not terminated:  # truncated, or the horizon: the critic is asked what the last observation is worth
-                np.testing.assert_array_equal(batch["last_obs"][0, i, k].numpy(), obs[-1])
-            seen.add((terminated, truncated))
-    assert (False, True) in seen if name == "Pendulum-v1" else (True, False) in seen  # Pendulum ends after 200 steps
-
-
-def test_gravity_beyond_what_the_constructor_asserts_works_and_matters():
-    with pytest.raises(AssertionError):
-        gymnasium.make("LunarLander-v3", gravity=-15.0)
-    env = make("lunarlander", horizon=30)
-    noise = noise_of(env, [0], 0, 1, 1)
-    noise = {key: x.expand(-1, 3, *x.shape[2:]) for key, x in noise.items()}
-    batch = rollout(
-        env, lambda obs, noise: torch.zeros(3, 1, dtype=torch.long), torch.tensor([[[5.0], [10.0], [15.0]]]), noise
-    )
-    falling = batch["obs"][0, :, 0, 20, 3]
-    assert falling[0] > falling[1] > falling[2]  # vertical speed after 20 steps of free fall
-
-
-def test_actions_that_are_not_numbers_end_no_environment():
-    """Box2D asserts, and the runs beside the one that exploded would end with it."""
-    box = ((-1.0,) * 4, (1.0,) * 4)
-    walker = Gymnasium("BipedalWalker-v3", ("hardcore",))
-    env = replace(FAMILIES["lunarlander"], dynamics=walker, actions=box, horizon=5)
-    noise, phi = noise_of(env, [0], 0, 2, 1), tasks_of(env, [0], 1, 2)
-    batch = rollout(env, lambda obs, noise: torch.full_like(noise, math.nan), phi, noise)
-    assert batch["mask"].all() and batch["rewards"].isfinite().all() and batch["actions"].isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "says"),
-    [
-        ("Pendulum-v1", {}, "names: say which parameter of Pendulum-v1 is φ, one of: .*g"),
-        ("Pendulum-v1", {"names": ["g"]}, "bounds: give LOW HIGH for g of Pendulum-v1, e.g. 5 15"),
-        (
-            "Pendulum-v1",
-            {"names": ["gravity"], "bounds": [5, 15]},
-            "names gravity: Pendulum-v1 has no such number",
-        ),
-        ("Pendulum-v1", {"names": ["g", "l"], "bounds": [5, 15]}, "expected LOW HIGH for each of 2 parameter"),
-        (
-            "CartPole-v1",
-            {"names": ["total_mass", "screen_width"], "bounds": [1, 2, 500, 700]},
-            "names screen_width: .* gives the same episode .* at 500 and 700",
-        ),
-        (
-            "CartPole-v1",
-            {"names": ["masscart"], "bounds": [0.5, 2]},
-            "names masscart: .* gives the same episode",
-        ),
-        (
-            "Blackjack-v1",
-            {"names": ["make.natural"], "bounds": [0, 1]},
-            "a switch of Blackjack-v1, False",
-        ),
-        ("LunarLanderr-v3", {}, "did you mean LunarLander-v3?"),
-        ("cartpole", {"names": ["gravity"]}, "names gravity: cartpole has its own φ; leave it out"),
-    ],
-)
-def test_environments_that_cannot_be_used_are_refused_in_one_line(name, options, says):
-    with pytest.raises(ValueError, match=says) as error:
-        make(name, **options)
-    assert "\n" not in str(error.value) and "--" not in str(error.value)
-
-
 @pytest.mark.parametrize("dist", envs.TASK_DISTS)
 @pytest.mark.parametrize(("components", "cells"), [(1, 10), (2, 6), (3, 4)])
 def test_held_out_tasks_are_midpoints_of_equal_cells_and_the_mean_task_is_none_of_them(components, cells, dist):
@@ -551,15 +438,3 @@ def test_phi_observed_is_scaled_over_phi_at_the_end_of_every_observation_and_cha
     for i, expected in enumerate((-1.0, -0.5, 1.0, 2.0)):  # (φ − 10) / 5
         assert (got["obs"][0, i, ..., 4][mask[0, i]] == expected).all()
     assert (got["obs"][..., 4][~mask] == 0).all()
-
-
-def test_phi_observed_reaches_gymnasium_environments_and_a_component_without_a_range_is_zero():
-    env = make("Pendulum-v1", ["g", "m"], [5, 15, 1, 1], 6)
-    oracle = envs.with_phi_observed(env)
-    assert oracle.is_gymnasium and oracle.obs_dim == 5
-    phi = np.array([[[5.0, 1.0], [12.5, 1.0]]], np.float32)
-    noise = {key: x.numpy() for key, x in noise_of(env, [0], 0, 2, 2).items()}
-    plain, got = (envs.rollout(x, lambda obs, noise: noise, phi, noise) for x in (env, oracle))
-    assert np.array_equal(plain["obs"], got["obs"][..., :3]) and np.array_equal(plain["rewards"], got["rewards"])
-    assert (got["obs"][0, 0, ..., 3] == -1).all() and (got["obs"][0, 1, ..., 3] == 0.5).all()
-    assert (got["obs"][..., 4] == 0).all() and got["obs"].dtype == np.float32

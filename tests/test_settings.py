@@ -1,6 +1,7 @@
 """The table of settings: help, defaults, and what a command line becomes."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -125,6 +126,13 @@ def test_like_takes_nothing_from_a_config_but_what_makes_a_run_what_it_is(tmp_pa
 def test_like_refuses_values_that_a_flag_would_not_take(tmp_path, settings, says):
     (tmp_path / "config.json").write_text(json.dumps(GOOD | settings))
     with pytest.raises(RunError, match=says):
+        parse(["--like", str(tmp_path)])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has none")
+def test_like_does_not_wait_for_a_fifo(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(RunError, match="config.json: not a regular file"):
         parse(["--like", str(tmp_path)])
 
 
