@@ -1,5 +1,7 @@
 """Task families: an environment whose parameter φ differs from task to task, its batched dynamics, and rollouts.
 
+Needs torch and numpy alone. Gymnasium's environments become task families in harness/gyms.py.
+
 Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M. Every random number of a rollout is drawn up
 front (`draw_noise`), so a rollout is a pure function of the policy's parameters, φ and noise.
 """
@@ -11,11 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
-
-from gyms import Gymnasium, check_spaces, first_line, flattened, hint, numbers_of, parameter
 
 # --- random numbers: each is a pure function of (run's key, purpose, epoch, call, task, index) ---
 
@@ -118,16 +117,9 @@ class Env:
     dynamics: Callable
     defaults: dict = field(default_factory=dict)  # run.py's settings, where this family has others
     task_dist: str = "uniform"  # ρ over Φ, one of TASK_DISTS
-    draw: Callable | str | None = None  # (axes, obs so far (t, D), φ (P,)): draws the last one with matplotlib; or the
-    #     id of the gymnasium environment that renders these states; None: observations against time
     values: tuple[tuple[float, ...], ...] = ()  # the tasks, where they are a list: ρ is uniform over it, Φ holds it
-    dt: float = 0.1  # s between two states, as they are shown
     phi_observed: bool = False  # rollouts add φ, scaled to [−1, 1] over Φ, to the end of every observation
-
-    @property
-    def in_workers(self):
-        """Whether sampling is worth processes of its own: gymnasium's environments."""
-        return isinstance(self.dynamics, Gymnasium)
+    is_gymnasium: bool = False  # stepped one by one, on a CPU, by harness/gyms.py: worth processes of its own
 
     @property
     def action_dim(self):
@@ -154,8 +146,9 @@ def cartpole(phi, noise, xp):
 
     State: position (m), velocity (m/s), angle (rad), angular velocity (rad/s). Action 0 pushes left, 1 right.
     """
+    # Arrays of the state's shape, not numbers: on 50 tasks of 10 episodes a step then takes 12% less.
     gravity, force, pole_mass, total_mass, half_length = same_shape(noise, phi[..., 0], 10.0, 0.1, 1.1, 0.5)  # N, kg, m
-    pole_moment, tau = pole_mass * half_length, 0.02 + 0 * noise  # kg m, s
+    pole_moment, tau = pole_mass * half_length, 0.02  # kg m, s
     limits = 0 * noise + constants(noise, (2.4, math.inf, 12 * 2 * math.pi / 360, math.inf), xp)  # m, -, rad, -
     reward = 1 + 0 * noise[..., 0]
 
@@ -184,21 +177,9 @@ def point(phi, noise, xp):
     return xp.zeros_like(noise), step
 
 
-def draw_point(axes, obs, phi):
-    axes.plot(*obs.T, color="#0072B2", marker="o", markersize=3, label="path")
-    axes.plot(*phi, "*", color="#D55E00", markersize=14, label="goal")
-    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
-
-
 # A body on a line, at rest at first, changes its velocity v by the action (m/s); φ = target v*; reward −(v − v*)².
 # The same arithmetic as the point's, in one dimension.
 velocity = point
-
-
-def draw_velocity(axes, obs, phi):
-    axes.plot(obs[:, 0], color="#0072B2", marker="o", markersize=3, label="velocity")
-    axes.axhline(phi[0], color="#D55E00", linestyle="--", label="target")
-    axes.set(xlabel="step", ylabel="velocity (m/s)")
 
 
 CROSSING_UNIT = 50.0  # m: the crossing's positions in units near 1, as networks want them
@@ -227,63 +208,74 @@ def crossing(phi, noise, xp):
     return start, step
 
 
-def draw_crossing(axes, obs, phi):
-    x, y = obs[-1] * [CROSSING_UNIT, -CROSSING_UNIT]  # m
-    axes.axhspan(-2, 2, color="0.9")
-    axes.axvspan(-2, 2, color="0.9")
-    axes.plot(0, y, "^", color="#0072B2", markersize=14, label="vehicle 1, the policy's")
-    axes.plot(x, 0, ">", color="#D55E00", markersize=14, label=f"vehicle 2, {phi[0]:g} m/s")
-    axes.set(xlim=(-50, 50), ylim=(-50, 50), xlabel="east (m)", ylabel="north (m)")
-
-
+# fmt: off
 ENVS = {
     "cartpole": Env(
-        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200, obs_dim=4, actions=2, reset_noise=4,
-        dynamics=cartpole, draw="CartPole-v1", defaults={"threshold": 175.0, "epochs": 400},
-    ),
-    "lunarlander": Env(  # its attribute is the vertical component, −φ
-        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=400, obs_dim=8, actions=4, reset_noise=1,
-        dynamics=Gymnasium("LunarLander-v3", ("gravity",), scale=-1.0, defaults={"gravity": 10.0}),
-        defaults={"threshold": 75.0},
+        phi_names=("gravity (m/s²)",), low=(5.0,), high=(15.0,), horizon=200,
+        obs_dim=4, actions=2, reset_noise=4, dynamics=cartpole,
+        defaults={"threshold": 175.0, "epochs": 400},
     ),
     "crossing": Env(
-        phi_names=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60, obs_dim=2, reset_noise=2,
-        actions=((0.0,), (15.0,)), dynamics=crossing, draw=draw_crossing,
-        defaults={"alpha": 0.003, "beta": 0.0005, "delta": 0.0025, "baseline": "step", "threshold": 38.0, "epochs":
-        400}, ), "point": Env( phi_names=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20,
-        obs_dim=2, reset_noise=2, actions=((-0.1, -0.1), (0.1, 0.1)), dynamics=point, draw=draw_point,
-        defaults={"alpha": 0.03, "baseline": "step", "threshold": -2.0, "epochs": 200}, ), "velocity": Env(
-        phi_names=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20, obs_dim=1, reset_noise=1,
-        actions=((-0.5,), (0.5,)), dynamics=velocity, draw=draw_velocity, defaults={ "alpha": 0.01, "beta": 0.0003,
-        "delta": 0.0015, "baseline": "step", "threshold": -5.0, "epochs": 200, }, ), }  # fmt: skip
+        phi_names=("speed of vehicle 2 (m/s)",), low=(5.0,), high=(15.0,), horizon=60,
+        obs_dim=2, actions=((0.0,), (15.0,)), reset_noise=2, dynamics=crossing,
+        defaults={
+            "alpha": 0.003, "beta": 0.0005, "delta": 0.0025, "baseline": "step", "threshold": 38.0,
+            "epochs": 400,
+        },
+    ),
+    "point": Env(
+        phi_names=("goal x (m)", "goal y (m)"), low=(-0.5, -0.5), high=(0.5, 0.5), horizon=20,
+        obs_dim=2, actions=((-0.1, -0.1), (0.1, 0.1)), reset_noise=2, dynamics=point,
+        defaults={"alpha": 0.03, "baseline": "step", "threshold": -2.0, "epochs": 200},
+    ),
+    "velocity": Env(
+        phi_names=("target velocity (m/s)",), low=(0.0,), high=(2.0,), horizon=20,
+        obs_dim=1, actions=((-0.5,), (0.5,)), reset_noise=1, dynamics=velocity,
+        defaults={
+            "alpha": 0.01, "beta": 0.0003, "delta": 0.0015, "baseline": "step", "threshold": -5.0,
+            "epochs": 200,
+        },
+    ),
+}
+# fmt: on
 
 
-def make(name, names=None, bounds=None, horizon=None, values=None):
-    """The task family `name`, one of ENVS or a gymnasium id, with φ, Φ and the horizon given.
+class ArgumentError(ValueError):
+    """What is wrong with an argument, in one line with the remedy. value: what it was, as text."""
 
-    names: parameters of the gymnasium environment that are φ, see `Gymnasium`; bounds: [low, high] for each, one after
-    the other; values: a list of tasks instead, P numbers each, one after the other.
-    Raises ValueError, one line that names the argument in backquotes and the remedy.
+    def __init__(self, argument, value, problem):
+        super().__init__(argument, value, problem)
+        self.argument, self.value, self.problem = argument, value, problem
+
+    def __str__(self):
+        return self.line(self.argument)
+
+    def line(self, name):
+        """The message, with another name for the argument."""
+        return f"{name} {self.value}".rstrip() + f": {self.problem}"
+
+
+def make(name, bounds=None, horizon=None, values=None):
+    """The task family `name` of ENVS, with Φ and the horizon as in `with_tasks`."""
+    if name not in ENVS:
+        raise ArgumentError("name", name, f"unknown task family; choose from {', '.join(ENVS)}")
+    return with_tasks(ENVS[name], bounds, horizon, values)
+
+
+def with_tasks(env, bounds=None, horizon=None, values=None):
+    """The family with another Φ or horizon, where they are given.
+
+    bounds: [low, high] for each component of φ, one after the other; values: a list of tasks instead,
+    P numbers each, one after the other. Raises ArgumentError.
     """
-    if name in ENVS:
-        if names is not None:
-            raise ValueError(f"`names` {' '.join(names)}: {name} has its own φ; leave `names` out")
-        env = ENVS[name]
-    else:
-        env = gymnasium_env(name, names, horizon)
     if bounds is not None:
         check_bounds("bounds", bounds, env.phi_names)
         env = replace(env, low=tuple(bounds[::2]), high=tuple(bounds[1::2]))
     elif values is not None:
         tasks = list_of_tasks("values", values, env.phi_names)
-        low, high = (tuple(map(end, zip(*tasks, strict=True))) for end in (min, max))
+        components = list(zip(*tasks, strict=True))
+        low, high = tuple(map(min, components)), tuple(map(max, components))
         env = replace(env, low=low, high=high, values=tasks)
-    elif not env.low:
-        raise ValueError(f"`name` {name}: give the range of {', '.join(env.phi_names)}, e.g. `bounds` 5 15")
-    if isinstance(env.dynamics, Gymnasium) and env.values:
-        env.dynamics.check("values", env.values)
-    elif isinstance(env.dynamics, Gymnasium):
-        env.dynamics.check_range(env.low, env.high)
     return env if horizon is None else replace(env, horizon=horizon)
 
 
@@ -312,53 +304,34 @@ def observed_dynamics(env, phi, noise, xp):
 
 
 def check_bounds(argument, bounds, phi_names):
-    """Raises ValueError where `bounds` is not LOW HIGH for each component of φ."""
-    shown = f"`{argument}` {' '.join(f'{x:g}' for x in bounds)}"
+    """Raises ArgumentError where `bounds` is not LOW HIGH for each component of φ."""
+    shown, names = " ".join(f"{x:g}" for x in bounds), ", ".join(phi_names)
     if len(bounds) != 2 * len(phi_names):
-        raise ValueError(
-            f"{shown}: expected LOW HIGH for each of {len(phi_names)} parameter(s): {', '.join(phi_names)}"
-        )
-    if not all(map(math.isfinite, bounds)) or any(a > b for a, b in zip(bounds[::2], bounds[1::2], strict=True)):
-        raise ValueError(f"{shown}: expected finite numbers, LOW first and not above HIGH")
+        expected = f"expected LOW HIGH for each of {len(phi_names)} parameter(s): {names}"
+        raise ArgumentError(argument, shown, expected)
+    ordered = all(low <= high for low, high in zip(bounds[::2], bounds[1::2], strict=True))
+    if not (ordered and all(map(math.isfinite, bounds))):
+        raise ArgumentError(argument, shown, "expected finite numbers, LOW first and not above HIGH")
 
 
 def list_of_tasks(argument, numbers, phi_names):
-    """Tasks φ from their numbers, one after the other. Raises ValueError where they are not P each, or twice there."""
-    size, shown = len(phi_names), f"`{argument}` {' '.join(f'{x:g}' for x in numbers)}"
+    """Tasks φ from their numbers, one after the other. Raises ArgumentError where they are not P each, or one is there
+    twice."""
+    size, shown = len(phi_names), " ".join(f"{x:g}" for x in numbers)
     if not numbers or len(numbers) % size:
-        raise ValueError(f"{shown}: expected {size} number(s) for each task: {', '.join(phi_names)}")
-    if not all(math.isfinite(x) and (abs(x) <= 2**24 or not float(x).is_integer()) for x in numbers):
-        raise ValueError(f"{shown}: expected finite numbers, whole ones up to {2**24}")  # which float32 still holds
+        expected = f"expected {size} number(s) for each task: {', '.join(phi_names)}"
+        raise ArgumentError(argument, shown, expected)
+    if not all(map(exact, numbers)):
+        raise ArgumentError(argument, shown, f"expected finite numbers, whole ones up to {2**24}")
     tasks = tuple(tuple(map(float, numbers[i : i + size])) for i in range(0, len(numbers), size))
     if len(set(tasks)) < len(tasks):
-        raise ValueError(f"{shown}: duplicate task")
+        raise ArgumentError(argument, shown, "duplicate task")
     return tasks
 
 
-def gymnasium_env(env_id, names, horizon):
-    """A task family from any gymnasium id with observations that are or flatten to a box, and discrete or bounded box
-    actions; Φ is to be set."""
-    if env_id not in gymnasium.registry and ":" not in env_id:  # package:id imports the package first
-        choices = f"{', '.join(ENVS)}, a gymnasium id, or package:id where importing a package registers it"
-        raise ValueError(f"`name` {env_id}: unknown environment; {hint(env_id, [*ENVS, *gymnasium.registry], choices)}")
-    try:
-        probe = flattened(gymnasium.make(env_id, disable_env_checker=True))
-    except Exception as error:  # whatever an import or a constructor may raise: it is shown
-        raise ValueError(f"`name` {env_id}: gymnasium cannot make it: {first_line(error)}") from error
-    if not names:
-        known = ", ".join(numbers_of(probe))
-        raise ValueError(f"`name` {env_id}: say which parameter is φ with `names`, one of: {known}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"`names` {' '.join(names)}: duplicate attribute")
-    defaults = {name: parameter(env_id, probe, name) for name in names}
-    horizon = horizon or probe.spec.max_episode_steps
-    if horizon is None:
-        raise ValueError(f"`name` {env_id}: its episodes have no end; give `horizon`, e.g. `horizon` 200")
-    obs_dim, actions = check_spaces(env_id, probe.observation_space, probe.action_space)
-    return Env(
-        phi_names=tuple(names), low=(), high=(), horizon=horizon, obs_dim=obs_dim, actions=actions, reset_noise=1,
-        dynamics=Gymnasium(env_id, tuple(names), defaults=defaults),
-    )  # fmt: skip
+def exact(x):
+    """Whether float32 still holds a whole number."""
+    return math.isfinite(x) and (abs(x) <= 2**24 or not float(x).is_integer())
 
 
 # --- tasks ---
@@ -408,11 +381,6 @@ def mean_task(env):
         return [sum(component) / len(env.values) for component in zip(*env.values, strict=True)]
     mean = TASK_DISTS[env.task_dist][1]
     return [low + (high - low) * mean for low, high in zip(env.low, env.high, strict=True)]
-
-
-def mixes(env):
-    """Whether what lies between tasks is a task too: not where they are a list and a component is a whole number."""
-    return not (env.values and isinstance(env.dynamics, Gymnasium) and env.dynamics.whole)
 
 
 def geometric_median(points, iterations=100):

@@ -1,7 +1,7 @@
 """MLP policy and critic as one dict of tensors, and the policy-gradient and actor-critic losses on it.
 
 Axes: S runs, M tasks, K trajectories, H time steps, D features; B = S·M where runs and tasks are flattened. Needs
-torch alone. Trajectories, as `envs.rollout` returns them, are a dict with
+torch and numpy. Trajectories, as `envs.rollout` returns them, are a dict with
 
     obs (S, M, K, H, D)    actions (S, M, K, H) or (S, M, K, H, A)    rewards (S, M, K, H)
     mask (S, M, K, H)      True while the episode runs; entries after its end are padding and are ignored
@@ -131,10 +131,10 @@ class Gaussian:
 
     Actions and noise are (B, N, size). The environment clips what falls outside the box; the density is that of the
     action before clipping, so ∇ log π is exact.
-    σ = m + x + √(x² + (1 − m)²) of a learned x, where m is `min_std`: at x = 0 it is 1 with slope 1, like exp(x). It
-    stays above m because the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when σ shrinks
-    further. Near m the slope falls as 1/x² only, so σ never freezes there, as it would if it were clipped. A square
-    root has the same bits in numpy and torch, and in any batch.
+    σ = m + (u + √(u² + 0.01)) / 2 with u = 1 − m + x of a learned x, where m is `min_std`: about 1 + x, and 1.005 at
+    x = 0. It stays above m because the gradient grows as 1/σ, the Hessian as 1/σ², and constant SGD steps blow up when
+    σ shrinks further. It comes near m within 0.1 of u = 0, so that policies do not stay noisy for long, and keeps a
+    slope there, so it never freezes, as it would if it were clipped. A square root has the same bits in any batch.
     """
 
     def __init__(self, size, min_std=0.5):
@@ -144,15 +144,29 @@ class Gaussian:
     def std(self, params, xp=torch):  # (B, 1, size)
         x = params["policy.raw_std"]
         x = x.reshape(-1, *x.shape[2:])
-        return self.min_std + x + xp.sqrt(x * x + (1 - self.min_std) ** 2)
+        u = 1 - self.min_std + x
+        return self.min_std + (u + xp.sqrt(u * u + 0.01)) / 2
 
     def sample(self, params, outputs, noise, xp=torch):
         return outputs + self.std(params, xp) * noise
 
     def log_prob(self, params, outputs, actions):
+        return self.log_density(params, outputs, actions).sum(-1)
+
+    def log_density(self, params, outputs, actions):
+        """Of each dimension: (B, N, size)."""
         std = self.std(params)
         z = (actions - outputs) / std
-        return (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+    def censored_log_prob(self, params, outputs, actions):
+        """`log_prob` of actions after clipping to [−1, 1]: one at an end counts as all that is clipped to it."""
+        std = self.std(params)
+        inside = self.log_density(params, outputs, actions)
+        above = torch.special.log_ndtr((outputs - 1) / std)
+        below = torch.special.log_ndtr((-1 - outputs) / std)
+        logs = torch.where(actions >= 1, above, inside)
+        return torch.where(actions <= -1, below, logs).sum(-1)
 
     def distribution(self, params, outputs):
         """What `kl` compares: the means (B, N, size) and standard deviations (B, 1, size)."""
@@ -187,10 +201,15 @@ def flat(x):
     return x.flatten(0, 1).flatten(1, 2)
 
 
+def policy_outputs(params, trajectories):
+    """The policy's outputs at every observation: (B, K·H, size)."""
+    return mlp(params, "policy")(flat(trajectories["obs"]))
+
+
 def log_probs(params, trajectories, head):
     """log π(aₜ|sₜ): (S, M, K, H)."""
-    outputs = mlp(params, "policy")(flat(trajectories["obs"]))
-    return head.log_prob(params, outputs, flat(trajectories["actions"])).view(trajectories["mask"].shape)
+    outputs, actions = policy_outputs(params, trajectories), flat(trajectories["actions"])
+    return head.log_prob(params, outputs, actions).view(trajectories["mask"].shape)
 
 
 def discounted_sums(x, discount):
@@ -210,14 +229,18 @@ def discounts(horizon, discount, dtype, device):
     return torch.where(ahead >= 0, float(discount) ** ahead.clamp(min=0).to(dtype), 0.0)
 
 
+ROUNDING = 32  # units in the last place: what a mean over many trajectories and sums over many steps leave of nothing
+
+
 def whiten(x, mask, baseline="task", obs=None):
     """x (S, M, K, H) less a baseline, over the standard deviation of that on the valid steps of each task; padding
-    becomes 0. The result is held constant in every derivative, so no estimator's Hessian is exact under whitening.
+    becomes 0, and so does a task whose deviation is below the rounding of x: there is nothing to learn from. The result
+    is held constant in every derivative, so no estimator's Hessian is exact under whitening.
 
     task: the task's mean. step: each time step's mean over the K trajectories first: rewards to go shrink as time runs
     out whatever the policy does, and that trend then is no longer taken for good and bad actions. Both means include
-    the trajectory that they are subtracted from, so the expected gradient (before the division) is a little short:
-    by 1/K exactly under "step"; under "task" by a reward-weighted share of 1/K (left: about 0.97 at K = 10, 0.8 at 2).
+    the trajectory that they are subtracted from, so the expected gradient (before the division) is a little short. For
+    K trajectories of T steps the reward of step u loses a share of 1/K under "step", of (u + 1)/(T K) under "task".
     linear: `linear_baseline` of obs (S, M, K, H, D), which leaves the trajectory out: no such factor, so no mean is
     subtracted after it.
     Raises ValueError for K = 1 under "step" and "linear".
@@ -225,15 +248,17 @@ def whiten(x, mask, baseline="task", obs=None):
     if baseline != "task" and x.shape[2] == 1:
         raise ValueError(f"baseline {baseline!r} compares trajectories of a task, and there is one; give 2 or more")
     mask = mask.to(x)
-    if baseline == "step":
-        x = x - (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
     count = mask.sum((2, 3), keepdim=True).clamp(min=1)
     if baseline == "linear":
         centred = (x - linear_baseline(x, mask, obs)) * mask
     else:
-        centred = (x - (x * mask).sum((2, 3), keepdim=True) / count) * mask
-    std = (centred.square().sum((2, 3), keepdim=True) / count).sqrt()
-    return centred / (std + 1e-8)
+        centred = x
+        if baseline == "step":
+            centred = x - (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
+        centred = (centred - (centred * mask).sum((2, 3), keepdim=True) / count) * mask
+    std, size = (((y * mask).square().sum((2, 3), keepdim=True) / count).sqrt() for y in (centred, x))
+    constant = std <= ROUNDING * torch.finfo(x.dtype).eps * size  # not a number is not
+    return torch.where(constant, 0.0, centred / (std + 1e-8))
 
 
 def linear_baseline(x, mask, obs, ridge=1e-5):
@@ -316,24 +341,29 @@ BASELINES = ("task", "step", "linear")
 ADVANTAGES = ("whitened", "raw")
 
 
-# --- the losses: params, trajectories -> (S, M) ---
+# --- the loss, and the estimates of advantages that it is made with ---
 
 
-def pg(
-    params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=None, advantages="whitened", clip=None
-):
-    """Policy gradient: rewards to go as advantages, summed over time, averaged over trajectories.
+def pg(trajectories, values, gamma, gae_lambda):
+    """Policy gradient: returns to go as advantages."""
+    rewards = trajectories["rewards"] * trajectories["mask"]
+    return {"advantages": discounted_sums(rewards, gamma)}
 
-    Of trajectories that another policy drew, `as_drawn`: the likelihood-ratio loss; clip: see `surrogate`.
+
+def ac(trajectories, values, gamma, gae_lambda):
+    """Actor-critic: GAE(λ) as advantages, and as the critic's targets its λ-returns.
+
+    values: V(s) (S, M, K, H), and V of the last observation (S, M, K), which counts where an episode was cut off; one
+    that terminated is worth nothing from there on.
     """
-    drawn = trajectories.get("drawn") or pg_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages)
-    logs = log_probs(params, trajectories, head)
-    return surrogate(logs, drawn["advantages"], trajectories["mask"], estimator, drawn.get("log_probs"), clip)
-
-
-def pg_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages):
-    returns_to_go = discounted_sums(trajectories["rewards"] * trajectories["mask"], gamma)
-    return {"advantages": weigh(returns_to_go, trajectories, advantages, baseline, gamma)}
+    values, last_values = values
+    mask = trajectories["mask"]
+    last_values = last_values.masked_fill(trajectories["terminated"], 0.0).unsqueeze(-1)
+    next_values = torch.cat([values[..., 1:], last_values], -1)
+    is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
+    next_values = torch.where(is_last, last_values, next_values)
+    advantages = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
+    return {"advantages": advantages, "targets": advantages + values}
 
 
 def gae(rewards, values, next_values, mask, gamma, gae_lambda):
@@ -341,41 +371,46 @@ def gae(rewards, values, next_values, mask, gamma, gae_lambda):
     return discounted_sums((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
-def ac(
-    params, trajectories, head, gamma, estimator, baseline="task", gae_lambda=0.95, advantages="whitened", clip=None
-):
-    """Actor-critic: GAE(λ) as advantages, plus ½ the critic's mean squared error to its λ-returns.
+# --rl: the estimates (trajectories, values, gamma, gae_lambda) -> advantages, and the targets of a critic if it has one
+LOSSES = {"pg": pg, "ac": ac}
+CRITIC = ("ac",)  # those that have one
 
-    A terminated episode is worth nothing from there on; a truncated one is worth V of its last observation.
-    Of trajectories that another policy drew, `as_drawn`: the likelihood-ratio loss, and the λ-returns of that time.
+
+def loss(
+    params, trajectories, head, rl, gamma, estimator,
+    baseline="task", gae_lambda=0.95, advantages="whitened", clip=None,
+):  # fmt: skip
+    """The `surrogate` of the policy gradient, and ½ the critic's mean squared error to its targets: (S, M).
+
+    rl: a key of LOSSES; the rest as in `surrogate`, `whiten` and `weigh`. Of trajectories that another policy drew,
+    `as_drawn`: the likelihood-ratio loss, with the advantages and targets of that time.
     """
     mask = trajectories["mask"]
-    values = mlp(params, "critic")(flat(trajectories["obs"])).view(mask.shape)
-    drawn = trajectories.get("drawn") or ac_estimates(
-        params, trajectories, gamma, baseline, gae_lambda, advantages, values.detach()
+    values = state_values(params, trajectories) if rl in CRITIC else None
+    drawn = trajectories.get("drawn") or estimates(
+        params, trajectories, values, rl, gamma, baseline, gae_lambda, advantages
     )
-    count = mask.sum((2, 3)).clamp(min=1)
-    value_loss = 0.5 * ((values - drawn["targets"]).square() * mask).sum((2, 3)) / count
     logs = log_probs(params, trajectories, head)
-    return surrogate(logs, drawn["advantages"], mask, estimator, drawn.get("log_probs"), clip) + value_loss
+    policy_loss = surrogate(logs, drawn["advantages"], mask, estimator, drawn.get("log_probs"), clip)
+    if values is None:
+        return policy_loss
+    squared_errors = (values - drawn["targets"]).square() * mask
+    return policy_loss + 0.5 * squared_errors.sum((2, 3)) / mask.sum((2, 3)).clamp(min=1)
+
+
+def state_values(params, trajectories):
+    """V(sₜ): (S, M, K, H)."""
+    return mlp(params, "critic")(flat(trajectories["obs"])).view(trajectories["mask"].shape)
 
 
 @torch.no_grad()
-def ac_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages, values=None):
-    """values: V(s) (S, M, K, H), where it is known."""
-    mask, critic = trajectories["mask"], mlp(params, "critic")
-    if values is None:
-        values = critic(flat(trajectories["obs"])).view(mask.shape)
-    last_value = critic(trajectories["last_obs"].flatten(0, 1)).view(mask.shape[:3])
-    last_value = last_value.masked_fill(trajectories["terminated"], 0.0).unsqueeze(-1)
-    next_values = torch.cat([values[..., 1:], last_value], -1)
-    is_last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
-    next_values = torch.where(is_last, last_value, next_values)
-    estimates = gae(trajectories["rewards"], values, next_values, mask, gamma, gae_lambda)
-    return {
-        "advantages": weigh(estimates, trajectories, advantages, baseline, gamma),
-        "targets": estimates + values,  # the λ-returns
-    }
+def estimates(params, trajectories, values, rl, gamma, baseline, gae_lambda, advantages):
+    """The advantages as the loss weighs log-probabilities with them, and what else the row of LOSSES gives."""
+    if values is not None:
+        last_values = mlp(params, "critic")(trajectories["last_obs"].flatten(0, 1))
+        values = values.detach(), last_values.view(values.shape[:3])
+    found = LOSSES[rl](trajectories, values, gamma, gae_lambda)
+    return found | {"advantages": weigh(found["advantages"], trajectories, advantages, baseline, gamma)}
 
 
 # --- several steps on the same trajectories: ProMP (Rothfuss et al. 2019) ---
@@ -385,13 +420,15 @@ def ac_estimates(params, trajectories, gamma, baseline, gae_lambda, advantages, 
 def as_drawn(params, trajectories, head, rl, gamma, baseline="task", gae_lambda=0.95, advantages="whitened"):
     """The trajectories with an entry `drawn`: what stays as it was under params, which drew them, in later losses.
 
-    Its log π and π itself, the advantages, and the targets of an actor-critic. rl: a key of LOSSES.
+    Its log π and π itself, the advantages, and the targets of an actor-critic.
     """
-    estimates = ADVANTAGE_ESTIMATES[rl](params, trajectories, gamma, baseline, gae_lambda, advantages)
-    outputs = mlp(params, "policy")(flat(trajectories["obs"]))
-    logs = head.log_prob(params, outputs, flat(trajectories["actions"])).view(trajectories["mask"].shape)
-    kept = {"log_probs": logs, "policy": head.distribution(params, outputs)}
-    return trajectories | {"drawn": estimates | kept}
+    values = state_values(params, trajectories) if rl in CRITIC else None
+    kept = {
+        "log_probs": log_probs(params, trajectories, head),
+        "policy": head.distribution(params, policy_outputs(params, trajectories)),
+    }
+    kept |= estimates(params, trajectories, values, rl, gamma, baseline, gae_lambda, advantages)
+    return trajectories | {"drawn": kept}
 
 
 def kl(params, trajectories, head):
@@ -400,10 +437,8 @@ def kl(params, trajectories, head):
     Summed over time and averaged over trajectories, as the losses are.
     """
     mask = trajectories["mask"]
-    new = head.distribution(params, mlp(params, "policy")(flat(trajectories["obs"])))
+    new = head.distribution(params, policy_outputs(params, trajectories))
     return (head.kl(trajectories["drawn"]["policy"], new).view(mask.shape) * mask).sum(-1).mean(-1)
 
 
-LOSSES = {"pg": pg, "ac": ac}
-ADVANTAGE_ESTIMATES = {"pg": pg_estimates, "ac": ac_estimates}
-OPTIONS = ("gamma", "estimator", "baseline", "gae_lambda", "advantages")  # of both
+OPTIONS = ("rl", "gamma", "estimator", "baseline", "gae_lambda", "advantages")  # of the loss

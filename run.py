@@ -6,14 +6,10 @@ directed.py.
 """
 
 import contextlib
-import itertools
-import math
 import os
-import platform
 import shlex
 import sys
 import time
-from collections import defaultdict
 from functools import partial
 
 # Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
@@ -22,35 +18,25 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Read by torch's MKL: its products have the same bits wherever in memory, so in whatever batch, a matrix is.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-import gymnasium
 import numpy
 import torch
 
-import checkpoints
 import envs
 import maml
 import policies
-import report
-import trained
-from checkpoints import Run, RunError
 from directed import directed
-from envs import EVALUATION, INIT, MEDIUM, TASKS
-from harness import processes
+from envs import EVALUATION, MEDIUM, TASKS
+from harness import checkpoints, processes, report, watch
+from harness.checkpoints import RunError
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
-from harness.log import Rows, fetched, log_epoch, measure
+from harness.errors import first_line
+from harness.log import Rows, fail, fetched, log_epoch, measure
 from harness.optimizers import OPTIMIZERS
 from harness.ranks import check_ranks
 from harness.sampling import open_sampler
-from harness.settings import (
-    before_flags,
-    check_memory,
-    folder_of_all,
-    learner_of,
-    make_env,
-    parse,
-    plan,
-)
+from harness.settings import check_memory, folder_of_all, learner_of, make_env, parse, with_family_defaults
+from harness.start import begin, new_runs
 
 NOTHING = contextlib.nullcontext()
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
@@ -58,13 +44,16 @@ CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with one_clear_line() as ranks:
+    with one_clear_line(argv) as ranks:
         args = parse(argv)
         if args.watch is not None:
-            return print(trained.watch(args.watch, args.phi, args.env))
+            return print(watch.watch(args.watch, args.phi, args.env))
+        if args.report is not None:
+            return report.rewrite(args.report)
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
+        args = with_family_defaults(args, env)
         check_memory(args, env, choose_device(args.device, env))
         runs = new_runs(args, env)
         failures, stopped = train_all(runs, env, args, ranks)
@@ -101,17 +90,8 @@ def train_all(runs, env, args, ranks):
         trajectories = runs[0].settings["tasks"] * runs[0].settings["trajectories"]
         samplers = min(workers // trainers, trajectories)  # for each trainer, if gymnasium's environments
         work = partial(train_together, args=args, env=env, device=device, samplers=samplers, ranks=ranks)
-        failures = processes.run_jobs(work, share_out(runs, trainers), trainers, progress.update, signals)
+        failures = processes.run_jobs(work, processes.share_out(runs, trainers), trainers, progress.update, signals)
     return failures, signals
-
-
-def share_out(runs, count):
-    """The runs as jobs for `count` processes. A job is one batch: runs of one algorithm at the same epoch."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.settings["algo"], run.state["epoch"]].append(run)
-    parts = count // math.gcd(count, len(groups))  # the fewest that give all processes equally many jobs
-    return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
 
 
 def train_together(runs, tell, args, env, device, samplers, ranks):
@@ -141,6 +121,7 @@ def train(batch, epochs, eval_every, tell):
         finite = log_epoch(batch, measured, time.perf_counter() - start)
         stopping = batch.ranks.any(tell(batch.news()))
         if not all(finite):
+            batch.rows.append()
             failures += [fail(batch, run) for run, good in zip(batch.runs, finite, strict=True) if not good]
             batch = batch.only(finite)
         if batch and (batch.epochs_done % eval_every == 0 or batch.epochs_done == epochs):
@@ -167,13 +148,13 @@ def train_epoch(batch):
         losses = [medium_loss, task_loss]
     before = batch.position()
     # lines 4, 5: the δ-step, directed.py; 7 to 11: the inner steps and the meta-gradient, maml.py
-    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.switches())
+    adapted = batch.meta_learner(batch.theta, *losses, batch.alpha, num_tasks, **batch.learner_options)
     between = batch.position()  # after the δ-step alone
     batch.optimizer.step()  # line 12: the β-step
     for _ in range(1, batch.settings["outer_steps"]):  # ProMP: more of them on the same trajectories
         # without the δ-step: it is a plain step, whose data are those of θ before it, and no ratio holds it back
         task_loss.replay()
-        batch.undirected(batch.theta, task_loss, batch.alpha, num_tasks, **batch.switches())
+        batch.undirected(batch.theta, task_loss, batch.alpha, num_tasks, **batch.learner_options)
         batch.optimizer.step()
     if adapted is not None:
         # Reptile trains on no batch under θ', so its return there, as the other learners log it, takes trajectories of
@@ -198,7 +179,7 @@ class TaskLoss:
         if pooled:
             self.num_trajectories //= len(self.tasks)
         options = {key: batch.settings[key] for key in policies.OPTIONS}
-        self.loss = partial(policies.LOSSES[batch.settings["rl"]], head=batch.head, **options)
+        self.loss = partial(policies.loss, head=batch.head, **options)
         self.returns, self.env_steps, self.finite = [], 0, True
 
     def __call__(self, params):
@@ -234,7 +215,7 @@ class ReplayedLoss(TaskLoss):
     def __init__(self, batch, purpose, phi, own):
         super().__init__(batch, purpose, phi, own)
         options = {key: batch.settings[key] for key in policies.OPTIONS if key != "estimator"}
-        self.as_drawn = partial(policies.as_drawn, head=batch.head, rl=batch.settings["rl"], **options)
+        self.as_drawn = partial(policies.as_drawn, head=batch.head, **options)
         self.head, self.clip, self.period = batch.head, batch.settings["clip"], batch.draws_per_gradient
         self.drawn, self.replays = [], None
 
@@ -300,15 +281,6 @@ def evaluate(batch):
             [batch.epochs_done, name, step, x]
             for name, by_step in zip(names, by_task, strict=True) for step, x in enumerate(by_step)
         ])  # fmt: skip
-
-
-def fail(batch, run):
-    """Mark a run as failed; returns the line that says so."""
-    line = f"{run.folder}: a loss or parameter is not finite after epoch {batch.epochs_done}; "
-    line += "try a smaller --beta, --alpha or --delta"
-    if batch.ranks.rank == 0:
-        checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
-    return line
 
 
 # --- a batch of runs ---
@@ -387,10 +359,6 @@ class Batch:
                 value = self.schedules.setdefault(name, torch.zeros_like(numbers, device=self.device)).copy_(numbers)
             self.learner_options[name] = value
 
-    def switches(self):
-        """What the meta-learner takes besides, in this epoch, e.g. MAML++'s order and weights of the inner steps."""
-        return self.learner_options
-
     def only(self, kept):
         """The batch of those runs alone for which `kept` holds; None where there are none."""
         self.update_states()
@@ -427,49 +395,18 @@ def scheduled_delta(run):
     return 0.0 if schedule == "converged" and run.state["totals"]["converged"] else delta
 
 
-def new_runs(args, env):
-    """All runs of a command, at their first state."""
-    planned = [pair for algo in args.algo for pair in plan(args, algo, env)]
-    return [Run(folder, own, first_state(own, env), before_flags(own, env)) for folder, own in planned]
-
-
-def first_state(settings, env):
-    """Where a run begins: the same θ for every algorithm with the same seed."""
-    stream, calls = envs.stream([settings["seed"]], INIT), itertools.count()
-
-    def uniform(*shape):
-        return torch.from_numpy(envs.uniform(stream, next(calls), range(1), shape))
-
-    head, critic = policies.make_head(env.actions), settings["rl"] == "ac"
-    theta = policies.init(env.obs_dim, head, uniform, settings["hidden"], critic)
-    learner, alpha = learner_of(settings["algo"]), {}
-    if learner.learns_alpha:
-        steps = settings["inner_steps"] if learner.alpha_by_step else None
-        alpha = maml.learned_alpha(theta, settings["alpha"], steps)
-    optimizer = {}
-    if settings["optimizer"] == "adam":
-        zeros = [torch.zeros_like(p) for p in (*theta.values(), *alpha.values())]
-        optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z.clone()} for i, z in enumerate(zeros)}
-    totals = {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": math.nan, "converged": False}
-    state = {"format": checkpoints.FORMAT, "settings": settings, "epoch": 0, "totals": totals, "log": [], "eval": []}
-    return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
-
-
-def begin(run, args, env, device, runs_in_batch):
-    """Make the run's folder ready, with everything that somebody needs to repeat the run in config.json."""
-    versions = {m.__name__: m.__version__ for m in (torch, gymnasium, numpy)} | {"python": platform.python_version()}
-    here = {"epochs": args.epochs, "eval_every": args.eval_every, "threshold": args.threshold, "device": device}
-    here |= {"phi_names": list(env.phi_names), "runs_in_batch": runs_in_batch, "versions": versions}
-    checkpoints.begin(run, run.settings | here, {args.epochs, *range(0, args.epochs, args.eval_every)})
-
-
 def finish(failures, args):
     """Say which runs failed, and rewrite the report."""
     for line in sorted(failures):
         print(f"run.py: {line}", file=sys.stderr)
     root = folder_of_all(args)
-    with checkpoints.locked(root, wait=True):  # another command may end just now
-        wrote, left_out = report.write(root)
+    try:
+        with checkpoints.locked(root, wait=True):  # another command may end just now
+            wrote, left_out = report.write(root)
+    except OSError:
+        raise
+    except Exception as error:  # the training is good, whatever other runs did to the report
+        wrote, left_out = [], [f"{root}: the runs are good, but there is no report: {first_line(error)}"]
     for line in left_out:
         print(f"run.py: {line}", file=sys.stderr)
     for line in [] if args.quiet else wrote:

@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoints
 import envs
 import maml
 import run
 from bench import replay
 from bench.measure import Configuration, in_fresh_processes, measure, median_epoch, opened, profile, time_epoch
+from harness import checkpoints, gyms
 from harness.settings import algorithms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -267,7 +267,7 @@ def sweep_cost(c, device, repeats, measured):
 
 def lunarlander_starts(paths, base):
     """(label, env, runs) of a fresh policy; of the first checkpoint; and of all of them as one batch."""
-    horizon = min(base.H * 2, envs.ENVS["lunarlander"].horizon)
+    horizon = min(base.H * 2, gyms.FAMILIES["lunarlander"].horizon)
     env, [fresh] = replace(base, env="lunarlander", algo="directed-maml", H=horizon).plan()
     yield "fresh policy", env, [fresh]
     of_delta_step = {key: fresh.settings[key] for key in ("delta", "medium", "delta_schedule")}
@@ -279,7 +279,7 @@ def lunarlander_starts(paths, base):
         runs.append(checkpoints.Run(path.parent, fresh.settings | state["settings"] | of_delta_step, state))
     for some in [runs[:1], runs][: len(runs)]:
         label = f"{len(some)} run{'s' * (len(some) > 1)} after {some[0].state['epoch']} epochs"
-        yield label, envs.make("lunarlander", horizon=some[0].settings["horizon"]), some
+        yield label, gyms.make("lunarlander", horizon=some[0].settings["horizon"]), some
 
 
 def as_run_of(algo, original):
@@ -356,7 +356,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, default=PARTS, help="which tables (default: all)")
-    add("--env", nargs="+", choices=envs.ENVS, default=list(envs.ENVS), help="of the part epoch (default: all)")
+    add("--env", nargs="+", choices=gyms.FAMILIES, default=list(gyms.FAMILIES), help="of the part epoch (default: all)")
     add("--algo", nargs="+", choices=algorithms(), default=algorithms(), help="of the part epoch (default: all)")
     add("--repeats", type=int, default=3, help="rounds (default 3)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default cpu)")
@@ -377,7 +377,7 @@ def main(argv=None):
     swept = replace(base, S=SWEEP if SWEEP in sizes["S"] else sizes["S"][-1])
     chosen = {
         "epoch": [
-            replace(base, env=env, algo=algo, H=base.H if args.small else envs.ENVS[env].horizon)
+            replace(base, env=env, algo=algo, H=base.H if args.small else gyms.FAMILIES[env].horizon)
             for env in args.env for algo in args.algo
         ],
         "reference": [

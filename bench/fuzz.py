@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 import envs
-import report
 import run
+from harness import figures, gyms
 from harness.settings import ALL_SETTINGS, applies, learner_of
 
 PENDULUM = envs.Env(("g",), (5.0,), (15.0,), 200, 3, ((-2.0,), (2.0,)), 1, None)  # what right_line knows of it
@@ -53,7 +53,8 @@ HUGE = [  # more than the machine has: of bits, of memory (refused before any of
     ["--hidden", "100000", "1000000000"],
     ["--device", "cuda"],
 ]
-FOLDERS = ("out", "watch", "like", "resume", "overwrite")  # chosen by `fuzz` itself, which knows what is on the disk
+# Chosen by `fuzz` itself, or never: --debug adds a traceback to the line.
+FOLDERS = ("out", "watch", "report", "like", "resume", "overwrite", "debug")
 SMALL = {"tasks": "2", "trajectories": "2", "horizon": "3", "hidden": "3", "epochs": "1", "eval_steps": "1"}
 SMALL |= {"workers": "0", "inner_steps": "1"}
 
@@ -87,18 +88,20 @@ def right_values(setting, rng, env):
         words = [*envs.MEDIUM_TASKS, None] if setting.name == "medium" else [None]
         word = rng.choice(words)
         return [word] if word else [str(x) for x in env.low]
+    if setting.name == "make":
+        return ["g=10"]
     words = accepted(setting, NUMBERS)
     return rng.sample(words, rng.randint(1, min(2, len(words))) if setting.nargs else 1)
 
 
 def right_line(rng):
     """A command line that must train: [flag, its words] for each flag. Not yet with a folder."""
-    name = rng.choice([*envs.ENVS, "Pendulum-v1"])
-    env = envs.ENVS.get(name, PENDULUM)
+    name = rng.choice([*gyms.FAMILIES, "Pendulum-v1"])
+    env = gyms.FAMILIES.get(name, PENDULUM)
     line = {"env": [name], "algo": right_values(ALL_SETTINGS["algo"], rng, env)}
     if env is PENDULUM:
-        line |= {"param": ["g"], "range": ["5", "15"]}
-    chosen = [s for s in ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param")]
+        line |= {"param": ["g"], "range": ["5", "15"], "make": ["render_mode=None"]}
+    chosen = [s for s in ALL_SETTINGS.values() if s.name not in (*line, *FOLDERS, "param", "make")]
     for setting in chosen:
         if rng.random() < 0.25:
             line[setting.name] = right_values(setting, rng, env)
@@ -107,6 +110,8 @@ def right_line(rng):
     for name, excluded in (("values", ("range", "task_dist")), ("eval_values", ("eval_range",))):
         for other in excluded if name in line else ():
             line.pop(other, None)
+    if "values" in line:  # whose mean may be no task
+        line.setdefault("medium", ["random"])
     if line["inner_steps"] == ["0"]:  # joint training, which not every learner has
         line["inner_steps"] = ["1"]
     needs_steps = not all(learner_of(algo).joint_training for algo in line["algo"])
@@ -155,7 +160,7 @@ def spoil(line, rng):
         line[i] = [flag[:j] + rng.choice(["", "x", "-"]) + flag[j + 1 :], *words]
     elif kind == 4:  # any flag with whatever it accepts, though it may need another one, or be given twice
         if setting.name not in FOLDERS:
-            line.append([setting.flag, *right_values(setting, rng, rng.choice(list(envs.ENVS.values())))])
+            line.append([setting.flag, *right_values(setting, rng, rng.choice(list(gyms.FAMILIES.values())))])
     elif kind == 9:  # what argparse takes for an empty list
         line[i] = [f"{flag}=--"]
     elif kind == 5:  # a value that is given twice
@@ -163,7 +168,7 @@ def spoil(line, rng):
     elif kind == 6:  # another environment
         line[0] = [
             "--env",
-            rng.choice([*envs.ENVS, "cartpol", "CartPole-v1", "Blackjack-v1", "mine:Env-v0", "Pong", ":"]),
+            rng.choice([*gyms.FAMILIES, "cartpol", "CartPole-v1", "Blackjack-v1", "mine:Env-v0", "Pong", ":"]),
         ]
     elif kind == 7:  # any flag with a wrong value
         words = [rng.choice(WRONG)] if rng.random() < 0.7 else rng.sample(NUMBERS, 2)
@@ -248,10 +253,9 @@ def fuzz(count, seed, show_bar=False):
     """So many command lines, and what came of them."""
     rng, result, previous = random.Random(seed), Fuzz(), None
     torch.set_num_threads(1)
-    figures = {name: lambda *args: False for name in vars(report) if name.startswith("draw_")}
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(report, **figures),  # they take a second each
+        mock.patch.object(figures, "draw", lambda labels, root: []),  # they take seconds
         mock.patch.object(torch, "set_num_threads"),  # a command must not fork after another used several threads
     ):
         for i in tqdm(range(count), "fuzz", disable=None if show_bar else True):

@@ -22,11 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoints
 import envs
-import report
 import run
 from bench.measure import Configuration, in_fresh_processes, measure, opened, opened_endless, peak_memory, time_epoch
+from harness import checkpoints, report
 from harness.device import WARM_UP, Recorded
 from harness.sampling import DeviceSampler
 from harness.settings import algorithms
@@ -36,7 +35,7 @@ TOLERANCE, FLOAT32_TOLERANCE = 1e-9, 1e-4  # of θ after a few epochs
 BASE = Configuration("cartpole", "maml", S=1, M=5, K=10, H=200, hidden=64)
 TINY = {"M": 2, "K": 2, "H": 8, "hidden": 4}
 SIZES = (1, 16, 64, 256)
-FAMILIES = [name for name, env in envs.ENVS.items() if not env.in_workers]
+FAMILIES = list(envs.ENVS)
 
 
 class Table:

@@ -20,6 +20,7 @@ from bench import reference
 from harness import log, processes, ranks, sampling
 from harness.log import Rows
 from harness.settings import make_env, parse
+from harness.start import new_runs
 
 WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time
 
@@ -43,7 +44,7 @@ class Configuration:
         words += ["--trajectories", self.K, "--hidden", self.hidden, self.hidden]
         args = parse([str(word) for word in words + (["--horizon", self.H] if self.H else [])])
         env = make_env(args)
-        return env, run.new_runs(args, env)
+        return env, new_runs(args, env)
 
 
 def endless(env):
@@ -57,7 +58,7 @@ def endless(env):
         never = noise[..., 0] < 0
         return state, lambda state, action: (*step(state, action)[:2], never, never)
 
-    return env if env.in_workers else replace(env, dynamics=dynamics)
+    return env if env.is_gymnasium else replace(env, dynamics=dynamics)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def replay_rates(env, phi, noise, trajectories, pool, count, turn):
     phi, noise, trajectories: as `envs.rollout` takes and returns them; turn: which share the single process has.
     """
     gravities = np.broadcast_to(phi.astype(float), noise["reset"].shape[:3]).ravel().tolist()
-    seeds = [int(u * 2**24) for u in noise["reset"].ravel().tolist()]  # envs.Gymnasium's; others would not replay
+    seeds = [int(u * 2**24) for u in noise["reset"].ravel().tolist()]  # gyms.Gymnasium's; others would not replay
     lengths, actions = trajectories["mask"].sum(-1).flatten().tolist(), trajectories["actions"].flatten(0, 2)
     episodes = [taken[:n].tolist() for taken, n in zip(actions, lengths, strict=True)]
     shares = [(env, *(x[i::count] for x in (gravities, seeds, episodes))) for i in range(count)]

@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoints
 import envs
 import run
 from bench import fuzz
+from harness import checkpoints
 from harness.settings import algorithms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -226,8 +226,7 @@ def report_long(cases):
 
 def random_sizes(rng):
     """A small command of random settings and, above all, of uneven sizes."""
-    batched = [name for name, env in envs.ENVS.items() if not env.in_workers]
-    env, algo = rng.choice(batched), rng.choice(algorithms())
+    env, algo = rng.choice(list(envs.ENVS)), rng.choice(algorithms())
     words = ["--env", env, "--algo", algo, "--rl", rng.choice(("pg", "ac")), "--tasks", rng.choice("12357")]
     words += ["--trajectories", rng.choice(("2", "3", "5", "10")), "--horizon", str(rng.randint(3, 60))]
     words += ["--hidden", *rng.choice((["64", "64"], ["20", "12"], ["8", "8"], ["64"], ["5"]))]

@@ -4,42 +4,55 @@ import contextlib
 import signal
 import sys
 import time
+import traceback
 
 from tqdm import tqdm
 
-from checkpoints import RunError
+from harness.checkpoints import RunError
 from harness.processes import ProcessError
 from harness.ranks import Ranks
 
 
 @contextlib.contextmanager
-def one_clear_line():
+def one_clear_line(argv=()):
     """Whatever is wrong, with the command or with the machine, ends in one line on standard error and an exit code; of
-    several ranks, the one that failed first says it. Yields this process's `Ranks`."""
+    several ranks, the one that failed first says it. Where --debug is in argv, the traceback comes before it. Yields
+    this process's `Ranks`."""
     ranks = None
     try:
         ranks = Ranks()
         yield ranks
         ranks.leave()
         return
-    except RunError as error:
-        line, code = error, error.code
-    except ProcessError as error:
-        line, code = f"{error}; continue from the last checkpoint with --resume", 1
-    except OSError as error:  # a full disk, a folder that is gone or may not be written
-        path = error.filename2 or error.filename or "files"  # a file that cannot be put in its place: the place
-        line, code = f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except BaseException as error:
+        said = line_and_code(error)
+        if said is None:
             raise
-        line, code = "out of memory; give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 1
-    except KeyboardInterrupt:  # outside of training, or the second one
-        line, code = "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
+        if "--debug" in argv:
+            traceback.print_exc()
+    line, code = said
     if ranks is None or ranks.first_to_fail():
         print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
     if ranks is not None and ranks.count > 1:
         ranks.exit(code)
     raise SystemExit(code)
+
+
+def line_and_code(error):
+    """What to say of an error and the exit code; None of one that nobody expects."""
+    if isinstance(error, RunError):
+        return error, error.code
+    if isinstance(error, ProcessError):
+        return f"{error}; continue from the last checkpoint with --resume", 1
+    if isinstance(error, OSError):  # a full disk, a folder that is gone or may not be written
+        path = error.filename2 or error.filename or "files"  # of two, the one to be put in its place
+        return f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        remedy = "give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden"
+        return f"out of memory; {remedy}", 1
+    if isinstance(error, KeyboardInterrupt):  # outside of training, or the second one
+        return "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
+    return None
 
 
 class Progress:

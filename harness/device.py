@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from checkpoints import RunError
+from harness.checkpoints import RunError
 
 WARM_UP = 3  # epochs before a recording: they compile, and libraries allocate what they need
 # Products by Triton, which take the bias and the activation into their kernel: measured faster for 1 and for 256 runs.
@@ -18,7 +18,7 @@ def choose_device(name, env):
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: no CUDA device is available to torch; use --device cpu", 2)
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() and not env.in_workers else "cpu"
+        return "cuda" if torch.cuda.is_available() and not env.is_gymnasium else "cpu"
     return name
 
 
@@ -53,7 +53,7 @@ class Recorded:
     """A function of a batch as one CUDA graph: its kernels then run without Python between them.
 
     The function must change tensors in place and ask nothing of the host. Its first calls are real ones; then it is
-    recorded, and replayed from there on; for another batch, or other switches, anew. On a CPU, under several ranks and
+    recorded, and replayed from there on; for another batch, or other options, anew. On a CPU, under several ranks and
     where recording fails it is called as it is.
     """
 
@@ -64,8 +64,8 @@ class Recorded:
     def __call__(self, batch):
         if batch.device != "cuda":
             return self.function(batch)
-        switches = {name: x for name, x in batch.switches().items() if not isinstance(x, torch.Tensor)}
-        fixed = batch, switches  # what a recording cannot change
+        options = {name: x for name, x in batch.learner_options.items() if not isinstance(x, torch.Tensor)}
+        fixed = batch, options  # what a recording cannot change
         if fixed != self.fixed:
             self.fixed, self.calls, self.graph, self.returned = fixed, 0, None, None
         if self.calls == WARM_UP:

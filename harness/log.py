@@ -5,8 +5,7 @@ from collections import defaultdict
 
 import torch
 
-import checkpoints
-import measures
+from harness import checkpoints, measures
 
 SECONDS = 1  # between two writes: opening the files of 256 runs takes longer than their epoch
 
@@ -103,3 +102,12 @@ def log_epoch(batch, measured, seconds):
         cosine = product / (delta_norm * beta_norm) if delta_norm and beta_norm else None
         batch.rows.add(run, "log", [[run.state["epoch"], *times, pre, post, med, delta_norm, beta_norm, cosine, kl]])
     return finite.tolist()
+
+
+def fail(batch, run):
+    """Mark a run as failed; returns the line that says so."""
+    problem = f"a loss or parameter is not finite after epoch {batch.epochs_done}"
+    line = f"{run.folder}: {problem}; try a smaller --beta, --alpha or --delta"
+    if batch.ranks.rank == 0:
+        checkpoints.write_atomically(run.folder / checkpoints.FAILED, line + "\n")
+    return line

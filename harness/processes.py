@@ -2,11 +2,14 @@
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
+import traceback
+from collections import defaultdict
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,15 @@ class ProcessError(RuntimeError):
 
 
 # --- training processes ---
+
+
+def share_out(runs, count):
+    """The runs as jobs for `count` processes. A job is one batch: runs of one algorithm at the same epoch."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.settings["algo"], run.state["epoch"]].append(run)
+    parts = count // math.gcd(count, len(groups))  # the fewest that give all processes equally many jobs
+    return [group[i::parts] for group in groups.values() for i in range(min(parts, len(group)))]
 
 
 def run_jobs(work, jobs, count, tell, signals):
@@ -80,6 +92,7 @@ def serve_jobs(pipe, work, jobs):
             try:
                 answer = "done", work(jobs[order], tell)
             except Exception as error:
+                error.add_note(traceback.format_exc())  # which a pipe does not carry
                 answer = "error", error
             pipe.send(answer)
 

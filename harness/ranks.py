@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from checkpoints import RunError
+from harness.checkpoints import RunError
 from harness.processes import ProcessError, end_with_parent
 from harness.settings import ALL_SETTINGS, default_of
 

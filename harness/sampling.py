@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+import traceback
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,9 @@ import torch
 
 import envs
 import policies
+from harness.checkpoints import RunError
 from harness.device import step_compiler
+from harness.errors import with_place
 from harness.processes import ProcessError, end, end_with_parent, signals_blocked, start
 
 
@@ -24,9 +27,9 @@ def open_sampler(env, head, device, workers):
     in this one), which live as long as the context. Raises ProcessError.
     """
     make_act = partial(policies.actor, head=head)
-    if device != "cpu" and not env.in_workers:
+    if device != "cpu" and not env.is_gymnasium:
         yield DeviceSampler(env, head, device, step_compiler(device))
-    elif not env.in_workers:
+    elif not env.is_gymnasium:
         yield HostSampler(partial(rollout_here, env, make_act))
     elif workers == 0:
         yield HostSampler(partial(rollout_of_stranger, env, make_act))
@@ -83,11 +86,11 @@ def rollout_here(env, make_act, params, phi, noise):
 
 
 def rollout_of_stranger(env, make_act, params, phi, noise):
-    """As `rollout_here`; whatever an environment that is not ours raises is a ProcessError."""
+    """As `rollout_here`; whatever an environment that is not ours raises is a RunError, which no --resume mends."""
     try:
         return rollout_here(env, make_act, params, phi, noise)
     except Exception as error:
-        raise ProcessError(f"the environment failed: {envs.first_line(error)}") from error
+        raise RunError(f"the environment failed: {with_place(error)}") from error
 
 
 # --- sampling processes ---
@@ -147,7 +150,7 @@ class Workers:
 
 def serve(pipe, env, make_act, index, count):
     """What a sampling worker runs: answers (params, phi, noise) with its trajectories (n, ...), {} where it has none,
-    or a ProcessError, until the main process ends."""
+    or a RunError, until the main process ends."""
     end_with_parent()
     torch.set_num_threads(1)
     own = slice(index, None, count)
@@ -161,5 +164,6 @@ def serve(pipe, env, make_act, index, count):
                     trajectories = rollout_here(env, make_act, params, phi, noise)
                     answer = {key: x.reshape(-1, *x.shape[3:])[own] for key, x in trajectories.items()}
             except Exception as error:
-                answer = ProcessError(f"the environment failed in a sampling worker: {envs.first_line(error)}")
+                answer = RunError(f"the environment failed in a sampling worker: {with_place(error)}")
+                answer.add_note(traceback.format_exc())  # which a pipe does not carry
             pipe.send(answer)

@@ -12,16 +12,18 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoints
 import envs
 import maml
 import policies
-from checkpoints import RunError
+from harness import checkpoints, gyms
+from harness.checkpoints import RunError
 from harness.device import memory
+from harness.errors import first_line, hint
+from harness.trial import check_tasks
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,14 @@ class Setting:
     help: str  # {choices} stands for what it may be
     example: str = ""
     type: Callable = str  # of one value; bool: a switch
-    default: object = None  # where neither envs.ENVS nor maml.LEARNERS has another
+    default: object = None  # where neither gyms.FAMILIES nor maml.LEARNERS has another
     shown: str = ""  # the default in words, where it is no value
     nargs: str | None = None
     choices: tuple | Callable = ()  # the words it takes, or a function of them, for a table that grows
     needs: Need | None = None  # what it does nothing without: it is refused, and None in runs without
     kept: bool = False  # in runs without what it needs it has a value all the same
     identity: bool = True  # part of what makes a run that run: it cannot change on --resume
+    letter: str = ""  # the paper's, for the lines of a report
 
     @property
     def flag(self):
@@ -181,9 +184,12 @@ count, size, step_size = number(int, 1, 10**9), number(float, 0), number(float, 
 # fmt: off
 SETTINGS = {
     "task": [
-        Setting("env", f"task family: {', '.join(envs.ENVS)}, or any gymnasium id with --param, --range", "cartpole"),
+        Setting("env", f"task family: {', '.join(gyms.FAMILIES)}, or any gymnasium id with --param, --range",
+                "cartpole"),
         Setting("param", "numbers of a gymnasium environment that are φ: attributes, paths such as "
                 "model.opt.gravity[2], or make.NAME, a keyword of its constructor", "g", nargs="+"),
+        Setting("make", "keywords for the constructor of a gymnasium environment, NAME=VALUE", "enable_wind=True",
+                shown="none", nargs="+"),
         Setting("range", "Φ: LOW HIGH for each component of φ", "5 15", number(float), None, "by env", "+"),
         Setting("values", "instead of --range: tasks φ one after the other, ρ is uniform over them", "0 1 2 5",
                 number(float), nargs="+"),
@@ -205,9 +211,9 @@ SETTINGS = {
         Setting("outer_steps", "β-steps on the same trajectories, all after the first on likelihood ratios to the "
                 "policies that drew them (ProMP); the δ-step comes once, before the first", "5", count, 1),
         Setting("clip", "ε: later β-steps clip the likelihood ratios of their query batches to 1 ± ε", "0.3",
-                step_size, None, "none", needs=REPLAYING),
+                step_size, None, "none", needs=REPLAYING, letter="ε"),
         Setting("kl_penalty", "η: later β-steps add η KL(π_old ‖ π), summed over time, of the policy before adaptation",
-                "0.01", size, 0.0, needs=REPLAYING),
+                "0.01", size, 0.0, needs=REPLAYING, letter="η"),
         Setting("medium", "the medium task: mean of ρ (Eq. 3); of the epoch's tasks sampled (their mean, Eq. 4) or "
                 "median (geometric); random: another random task each epoch (the control); pooled: the epoch's own M "
                 "tasks, K / M trajectories of each (the other control); or a φ", "sampled",
@@ -218,10 +224,11 @@ SETTINGS = {
     ],
     "step sizes": [
         Setting("alpha", "inner step size α, one or several; 0: joint training with MAML's sampling", "0.01", size,
-                0.001, nargs="+", needs=ADAPTING),
-        Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+"),
+                0.001, nargs="+", needs=ADAPTING, letter="α"),
+        Setting("beta", "outer step size β, Reptile's ε; one or several", "0.02", step_size, 0.001, nargs="+",
+                letter="β"),
         Setting("delta", "δ, one or several, all trained at once", "0 0.001 0.005", size, 0.005, nargs="+",
-                needs=DIRECTED),
+                needs=DIRECTED, letter="δ"),
         Setting("delta_schedule", "constant; decay: δ / (1 + epoch / 100); converged: 0 once the smoothed return is "
                 "over the threshold", "decay", default="constant", choices=("constant", "decay", "converged"),
                 needs=DIRECTED),
@@ -230,7 +237,7 @@ SETTINGS = {
     ],
     "settings of single algorithms": [
         Setting("lambda_", "λ of iMAML's inner objective L + λ/2 ‖θ' − θ‖²", "100", step_size, None, "1 / α",
-                needs=owner_of("lambda_")),
+                needs=owner_of("lambda_"), letter="λ"),
         Setting("cg_steps", "steps of conjugate gradients for iMAML's meta-gradient; 0: no Hessian", "10",
                 number(int, 0, 10**9), 1, needs=owner_of("cg_steps")),
         Setting("cg_damping", "d: iMAML's meta-gradient takes (1 + d) λ for λ; above 0 it is bounded", "0.1", size, 1.0,
@@ -241,12 +248,12 @@ SETTINGS = {
                 "from this epoch on, linearly in between", "0", number(int, 0, 10**9), 50,
                 needs=both(owner_of("multi_step_epochs"), SEVERAL_STEPS)),
         Setting("rho", "radius ρ of Sharp-MAML: the meta-gradient g is taken at θ + ρ g/‖g‖; 0: at θ", "0.01", size,
-                0.05, needs=SHARP),
+                0.05, needs=SHARP, letter="ρ"),
     ],
     "sampling and estimation": [
         Setting("tasks", "M tasks an epoch", "20", count, 5),
         Setting("trajectories", "K trajectories a task, before and after adaptation alike", "40", count, 10),
-        Setting("gamma", "discount γ", "1", number(float, 0, 1, above=True), 0.99),
+        Setting("gamma", "discount γ", "1", number(float, 0, 1, above=True), 0.99, letter="γ"),
         Setting("gae_lambda", "λ of generalised advantage estimation", "1", number(float, 0, 1), 0.95,
                 needs=ACTOR_CRITIC),
         Setting("estimator", "of the meta-gradient's second-order terms", "dice", default="lvc",
@@ -270,6 +277,8 @@ SETTINGS = {
                 "where there is a display", "runs/cartpole-pg/maml/seed1 --phi 12", Path, identity=False),
         Setting("phi", "the task to watch", "12", number(float), None, "the mean task", "+", needs=WATCH,
                 identity=False),
+        Setting("report", "train nothing: rewrite report.md, the figures and their CSV files in these folders, from "
+                "the runs in them", "runs/cartpole-pg", Path, nargs="+", identity=False),
     ],
     "running": [
         Setting("device", "auto: cuda where there is one, but cpu for gymnasium's environments", "cpu", default="auto",
@@ -286,6 +295,8 @@ SETTINGS = {
         Setting("resume", "continue runs that exist, e.g. with more --epochs", type=bool, identity=False),
         Setting("overwrite", "start runs that exist again", type=bool, identity=False),
         Setting("quiet", "no progress, only errors", type=bool, identity=False),
+        Setting("debug", "the traceback of what went wrong, in other processes too, before the line that says it",
+                type=bool, identity=False),
     ],
 }
 # fmt: on
@@ -297,7 +308,8 @@ def default_of(setting, env=None, algo=""):
     if setting.name == "horizon":
         return env.horizon if env else None
     default = env.defaults.get(setting.name, setting.default) if env else setting.default
-    return learner_of(algo).defaults.get(setting.name, default) if algo else default
+    learner = maml.LEARNERS.get(algo.removeprefix("directed-"))  # None: none, or that of a run made elsewhere
+    return learner.defaults.get(setting.name, default) if learner else default
 
 
 def shown_default(setting):
@@ -307,7 +319,7 @@ def shown_default(setting):
         return " ".join(map(show, x)) if isinstance(x, tuple) else f"{x:g}" if isinstance(x, float) else str(x)
 
     general = default_of(setting)
-    others = {name: default_of(setting, env) for name, env in envs.ENVS.items()}
+    others = {name: default_of(setting, env) for name, env in gyms.FAMILIES.items()}
     others |= {algo: default_of(setting, algo=algo) for algo in maml.LEARNERS}
     names = defaultdict(list)
     for name, value in others.items():
@@ -357,7 +369,7 @@ def parse(argv):
         parser.error(f"{unknown[0]}: {why}")
     if unknown:
         flags = [setting.flag for setting in ALL_SETTINGS.values()]
-        parser.error(f"{unknown[0]}: {envs.hint(unknown[0], flags, 'those of --help')}")
+        parser.error(f"{unknown[0]}: {hint(unknown[0], flags, 'those of --help')}")
     args.seed = args.seed and [seed for part in args.seed for seed in (part if isinstance(part, range) else [part])]
     if args.like is not None:
         follow(args)
@@ -404,7 +416,7 @@ def settings_in(folder):
         given = {name: config[name] for name in names if config.get(name) is not None}
         return {name: value_of(ALL_SETTINGS[name], value) for name, value in given.items()}
     except (OSError, LookupError, TypeError, ValueError, RecursionError, argparse.ArgumentTypeError) as error:
-        raise RunError(f"--like {folder}: {envs.first_line(error)}; name the folder of a run", 2) from error
+        raise RunError(f"--like {folder}: {first_line(error)}; name the folder of a run", 2) from error
 
 
 def value_of(setting, value):
@@ -425,7 +437,7 @@ def one_of(choices):
 
     def parse(text):
         if text not in choices:
-            raise wrong(text, envs.hint(text, choices, ", ".join(choices)))
+            raise wrong(text, hint(text, choices, ", ".join(choices)))
         return text
 
     return parse
@@ -433,9 +445,10 @@ def one_of(choices):
 
 def check_pairs(args, error):
     """Reject flags that conflict or have no effect: an ablation would compare identical runs."""
-    if args.watch is None and (args.env is None or args.algo is None):
+    if args.watch is None and args.report is None and (args.env is None or args.algo is None):
         error("--env and --algo are required, e.g. --env cartpole --algo directed-fomaml")
     excluded = [("overwrite", "resume"), ("range", "values"), ("eval_range", "eval_values")]
+    excluded += [("report", "watch"), ("report", "algo")]
     for name, other in excluded:
         if getattr(args, name) and getattr(args, other):
             error(f"{ALL_SETTINGS[name].flag}: not allowed with argument {ALL_SETTINGS[other].flag}")
@@ -459,32 +472,28 @@ def applies(setting, args, algo):
 
 # --- plan: from the command line to runs ---
 
-ARGUMENTS = {"name": "--env", "names": "--param", "bounds": "--range"}  # envs.py's that are no flags
-
-
-def flag_of(match):
-    """An argument of envs.py that an error names, as a flag."""
-    return ARGUMENTS.get(match[1]) or ALL_SETTINGS[match[1]].flag
+FLAGS = {"name": "--env", "names": "--param", "bounds": "--range"}  # of arguments of gyms.make with other names
 
 
 def make_env(args):
-    """The task family with --param, --range, --horizon and --task-dist applied; fills in what depends on it alone."""
+    """The command line's task family, and its held-out tasks checked."""
     try:
-        env = envs.make(args.env, args.param, args.range, args.horizon, args.values)
+        env = gyms.family_of(vars(args))
         if args.eval_range is not None:
             envs.check_bounds("eval_range", args.eval_range, env.phi_names)
         grid = envs.held_out_tasks(env, args.eval_range, args.eval_values)
-        if env.in_workers and (args.eval_range or args.eval_values):
-            env.dynamics.check("eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
-    except ValueError as error:
-        raise RunError(re.sub(r"`(\w+)`", flag_of, str(error)), 2) from error
-    for name in ("epochs", "threshold"):
-        if getattr(args, name) is None:
-            setattr(args, name, default_of(ALL_SETTINGS[name], env))
-    if args.delta_schedule == "converged" and args.threshold is None:
-        raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
-    env = replace(env, task_dist=args.task_dist or env.task_dist)
-    return envs.with_phi_observed(env) if args.oracle else env
+        if env.is_gymnasium and (args.eval_range or args.eval_values):
+            check_tasks(env, "eval_values" if args.eval_values else "eval_range", grid.unique(dim=0).tolist())
+    except envs.ArgumentError as error:
+        raise RunError(error.line(FLAGS.get(error.argument) or ALL_SETTINGS[error.argument].flag), 2) from error
+    return env
+
+
+def with_family_defaults(args, env):
+    """The command line with --epochs and --threshold as the task family has them, where they are not given."""
+    missing = [name for name in ("epochs", "threshold") if getattr(args, name) is None]
+    defaults = {name: default_of(ALL_SETTINGS[name], env) for name in missing}
+    return argparse.Namespace(**vars(args) | defaults)
 
 
 def plan(args, algo, env):
@@ -496,8 +505,12 @@ def plan(args, algo, env):
         value = default_of(setting, env, algo) if value is None else value
         value = list(value) if isinstance(value, tuple) else value
         settings[setting.name] = value if setting.kept or applies(setting, args, algo) else None
+    settings["threshold"] = default_of(ALL_SETTINGS["threshold"], env) if args.threshold is None else args.threshold
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
-    settings["threshold"] = args.threshold if settings["delta_schedule"] == "converged" else None
+    if settings["delta_schedule"] != "converged":
+        settings["threshold"] = None
+    elif settings["threshold"] is None:
+        raise RunError("--delta-schedule converged: give the return that counts as converged, --threshold", 2)
     if settings["medium"] is not None:
         settings["medium"] = medium_of(args, env)
     swept = {name: getattr(args, name) or [settings[name]] for name in SWEPT}
@@ -579,9 +592,13 @@ def medium_of(args, env):
     """--medium as one of the words, or a φ as a list of numbers."""
     words = args.medium or default_of(ALL_SETTINGS["medium"])
     mean_in_list = words[0] == "mean" and tuple(envs.mean_task(env)) in env.values
-    if words[0] in ("mean", "sampled", "median") and not (envs.mixes(env) or mean_in_list):
+    if words[0] in ("mean", "sampled", "median") and env.values and not mean_in_list:
         remedy = "give --medium one of them, random or pooled"
-        raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
+        if not gyms.mixes(env):
+            raise RunError(f"--medium {words[0]}: what lies between whole-numbered --values is no task; {remedy}", 2)
+        if args.medium is None:
+            problem = "--medium mean: the mean of --values is none of them, and may be no task"
+            raise RunError(f"{problem}; {remedy}, or mean where it is one", 2)
     if len(words) == 1 and words[0] in envs.MEDIUM_TASKS:
         return words[0]
     try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import report
+from harness.text import span
 from results import fill, steps
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -79,14 +79,14 @@ def check_tuned(grid, tuned):
             yield f"{tuned / arm}: {error}"
             continue
         if set(zip(runs["beta"], runs["delta"], strict=True)) != {(best.beta, best.delta)}:
-            ran = f"β = {report.span(runs['beta'])}, δ = {report.span(runs['delta'])}"
+            ran = f"β = {span(runs['beta'])}, δ = {span(runs['delta'])}"
             yield f"{tuned / arm}: {ran}, but the grid's best cell is β = {best.beta:g}, δ = {best.delta:g}"
 
 
 def problems():
     """All checks, as lines; from the repository's root."""
     root = Path("results")
-    yield from check_pages([Path("README.md"), root / "README.md"])
+    yield from check_pages([Path("README.md"), Path("docs/flags.md"), root / "README.md"])
     yield from check_reports(root)
     yield from check_experiments(root, list_experiments(root / "run_all.sh"))
     for env in steps.ENVS:

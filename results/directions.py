@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
 import envs
 import maml
-import report
 import run
 from bench import measure
+from harness import checkpoints, gyms, report
+from harness.text import markdown
 
 REPEATS, SEEDS = 60, range(1, 11)
 ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)
@@ -66,7 +66,7 @@ def cosines(estimates):
 def main():
     lines = []
     for name in ENVS:
-        env = envs.make(name)
+        env = gyms.make(name)
         out = Path("runs/directions")
         folders = [out / f"{name}-pg/fomaml/seed{seed}" for seed in SEEDS]
         for epoch in EPOCHS:
@@ -76,7 +76,7 @@ def main():
                 found = cosines(gradients(batch, envs.held_out_tasks(env)))
             cells = {column: report.with_interval(values.tolist(), "{:.2f}".format) for column, values in found.items()}
             lines.append({"environment": name, "epoch": f"{batch.epochs_done}", **cells})
-    text = f"# Directions\n\n{report.markdown(lines)}\n\n{__doc__}"
+    text = f"# Directions\n\n{markdown(lines)}\n\n{__doc__}"
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
 
 

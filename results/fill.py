@@ -1,7 +1,7 @@
-"""Fill the tables of Markdown files from summary.csv files, and the README's table of flags from run.py's settings.
+"""Fill the tables of Markdown files from summary.csv files, and their tables of flags from run.py's settings.
 
-From the repository's root: `python -m results.fill README.md results/README.md`. With --check nothing is written: the
-command exits with code 1 and names the files whose tables are out of date.
+From the repository's root: `python -m results.fill README.md docs/flags.md results/README.md`. With --check
+nothing is written: the command exits with code 1 and names the files whose tables are out of date.
 
 A table stands below a comment that names its columns and its lines. Below it stands how many arms it compares, and over
 which epochs and env steps. A line is {name: folder/label}; the folder is
@@ -9,7 +9,7 @@ relative to the Markdown file and holds a summary.csv, the label is one of that 
 
 <!-- report {"columns": ["epochs to convergence"], "lines": {"fomaml": "cartpole-pg/fomaml"}} -->
 
-The table of flags stands below <!-- flags -->.
+The table of all flags stands below <!-- flags -->, that of some below <!-- flags alpha inner-steps -->.
 """
 
 import argparse
@@ -18,11 +18,14 @@ import re
 import sys
 from pathlib import Path
 
-import report
+from harness import report
 from harness.settings import SETTINGS, shown_default
+from harness.text import markdown
 
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.
-MARKED_TABLE = re.compile(r"(<!-- (?:flags|report (.*)) -->)\n*(?:\|.*\n)*\n*(?:Arms compared: .*\n+)?")
+MARKED_TABLE = re.compile(
+    r"(<!-- (?:flags(?P<flags>( [a-z-]+)*)|report (?P<report>.*)) -->)\n*(?:\|.*\n)*\n*(?:Arms compared: .*\n+)?"
+)
 
 
 def read_summary(folder):
@@ -32,7 +35,7 @@ def read_summary(folder):
 
 def report_tables(folder):
     """The Markdown tables that folder/report.md should hold."""
-    return report.tables(read_summary(folder))
+    return list(report.tables(read_summary(folder)).values())
 
 
 def table(columns, lines, root):
@@ -52,11 +55,11 @@ def table(columns, lines, root):
             raise ValueError(f"unknown column {unknown[0]!r}; there are {', '.join(cells)}")
         arms[name] = labels[label]
         rows.append({column: cells[column] for column in ("algorithm", *columns)})
-    return f"{report.markdown(rows)}\n\n{report.budget(arms)}"
+    return f"{markdown(rows)}\n\n{report.budget(arms)}"
 
 
-def flag_table():
-    """The Markdown table of run.py's flags, by group."""
+def flag_table(names=()):
+    """The Markdown table of run.py's flags, by group, or of some, named without their dashes. Raises ValueError."""
     lines = []
     for title, settings in SETTINGS.items():
         lines.append({"flag": f"**{title}**", "default": "", "what it does": ""})
@@ -67,18 +70,23 @@ def flag_table():
             if setting.needs:
                 text += f"; needs {setting.needs.words}"
             cells = f"`{setting.flag}`", shown_default(setting), text
-            lines.append(dict(zip(lines[0], (cell.replace("|", "\\|") for cell in cells), strict=True)))
-    return report.markdown(lines)
+            lines.append(dict(zip(lines[0], cells, strict=True)))
+    if names:
+        rows = {line["flag"]: line for line in lines}
+        if unknown := [name for name in names if f"`--{name}`" not in rows]:
+            raise ValueError(f"unknown flag {unknown[0]!r}")
+        lines = [rows[f"`--{name}`"] for name in names]
+    return markdown(lines)
 
 
 def filled(path):
     """The Markdown file's text with up-to-date tables. Raises ValueError where a comment cannot be read."""
 
     def replace(match):
-        if match[2] is None:
-            return f"{match[1]}\n\n{flag_table()}\n\n"
+        if match["report"] is None:
+            return f"{match[1]}\n\n{flag_table(match['flags'].split())}\n\n"
         try:
-            wanted = json.loads(match[2])
+            wanted = json.loads(match["report"])
             columns, lines = wanted["columns"], wanted["lines"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'expected {{"columns": [..], "lines": {{..}}}} in {match[1][:60]} ..') from error

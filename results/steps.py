@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import measures
-import report
+from harness import figures, measures, report
+from harness.text import thousands
 
 GRID = Path(__file__).parent / "grid"
 ENVS = ["cartpole", "crossing", "point"]
@@ -77,7 +77,7 @@ def draw(panel, env, cells):
     ticks = [x for x in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1) if left <= x <= right]
     panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
     panel.set_xticks([], minor=True)
-    panel.yaxis.set_major_formatter(report.short)
+    panel.yaxis.set_major_formatter(figures.short)
     panel.grid(alpha=0.3)
 
 
@@ -94,7 +94,7 @@ def main(grid=GRID):
         for algo in LOOKS:
             cell = best(cells, algo)
             print(f"{env}, {algo}: β {cell.beta:g}, δ {cell.delta:g}: "
-                  f"{report.with_interval(cell.env_steps, report.thousands, True)} env steps, "
+                  f"{report.with_interval(cell.env_steps, thousands, True)} env steps, "
                   f"{report.with_interval(cell.epochs, positive=True)} epochs")  # fmt: skip
     panels[0].set_ylabel("env steps to convergence")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

@@ -6,23 +6,22 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 import pytest
 import torch
 
-import report
-from envs import make
-from tests.commands import SMALL, Command
+from harness import figures
+from harness.gyms import make
+from tests.commands import SMALL, Command, train
 from tests.noise import in_numpy, noise_of, tasks_of
 
 torch.set_num_threads(1)  # as run.py does: small tensors, and tests that run beside other programs
 
 
-FIGURES = {name: getattr(report, name) for name in ("draw_curves", "draw_thresholds", "draw_adaptation")}
+DRAW = figures.draw
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_figures():
-    """Figures take a second each, most of a small training's time: only a test that uses `figures` draws them."""
+    """Figures take a second each, most of a small training's time: only a test that uses `drawn` draws them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in FIGURES:
-            patch.setattr(report, name, lambda plt, labels, path: False)
+        patch.setattr(figures, "draw", lambda labels, root: [])
         yield
 
 
@@ -34,11 +33,20 @@ def no_fsync():
         yield
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with runs of one epoch: CartPole by policy gradient; velocity by actor-critic and Meta-SGD; Pendulum."""
+    out = tmp_path_factory.mktemp("small")
+    train(out, epochs=1)
+    train(out, "--rl", "ac", "--horizon", 5, env="velocity", algo="meta-sgd", epochs=1)
+    train(out, "--param", "g", "--range", 5, 15, "--workers", 0, env="Pendulum-v1", epochs=1)
+    return out
+
+
 @pytest.fixture
-def figures(monkeypatch):
+def drawn(monkeypatch):
     pytest.importorskip("matplotlib")
-    for name, draw in FIGURES.items():
-        monkeypatch.setattr(report, name, draw)
+    monkeypatch.setattr(figures, "draw", DRAW)
 
 
 @pytest.fixture

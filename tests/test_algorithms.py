@@ -1,15 +1,17 @@
 """A learner is a row, and what iMAML, MAML++ and Sharp-MAML need of run.py: settings, evaluation, loaded runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-import checkpoints
 import envs
 import maml
 import run
-import trained
+from harness import checkpoints, trained
 from harness.settings import ALL_SETTINGS, SETTINGS, Setting, make_env, owner_of, parse, plan
+from harness.start import first_state
 from tests.commands import refused, rows, train
 
 STILL = ["--beta", 1e-30]  # θ stays where it began
@@ -61,7 +63,7 @@ def test_an_added_learner_trains_resumes_evaluates_and_is_loaded(tmp_path, added
     train(tmp_path / "straight", *words, env="point", algo=algo, epochs=2)
     train(tmp_path / "stopped", *words, env="point", algo=algo, epochs=1)
     (first,) = (path.parent for path in (tmp_path / "stopped").rglob("checkpoint.pt"))
-    start = run.first_state(state(first)["settings"], envs.make("point", horizon=12))["theta"]
+    start = first_state(state(first)["settings"], envs.make("point", horizon=12))["theta"]
     for name, p in state(first)["theta"].items():  # its default β, times the signs' factor
         torch.testing.assert_close((p - start[name]).abs(), torch.full_like(p, 0.25 * 0.5), rtol=1e-5, atol=1e-6)
     train(tmp_path / "stopped", *words, "--resume", env="point", algo=algo, epochs=2)
@@ -196,7 +198,7 @@ def test_a_loaded_maml_plus_plus_run_takes_its_last_alpha_for_all_further_steps(
     policy = trained.load(tmp_path / "cartpole-pg/maml++/seed1")
     assert policy.inner_steps == 2 and len(policy.alpha["policy.0.bias"][0, 0]) == 2
     three = {name: torch.cat([p, p[:, :, -1:]], 2) for name, p in policy.alpha.items()}
-    expected = checkpoints.take(trained.replace(policy, alpha=three).adapt(episodes=episodes).theta, 0)
+    expected = checkpoints.take(replace(policy, alpha=three).adapt(episodes=episodes).theta, 0)
     got = policy.adapt(episodes=episodes).theta
     assert all(torch.equal(got[name], expected[name]) for name in got)
     assert not torch.equal(policy.alpha["policy.1.weight"][:, :, 0], policy.alpha["policy.1.weight"][:, :, 1])

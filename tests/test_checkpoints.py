@@ -5,22 +5,25 @@ bench/torture.py does more of the damage, for longer.
 """
 
 import contextlib
+import io
 import os
 import random
 import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoints
 import run
 from bench import torture
+from harness import checkpoints
 from tests.commands import refused, rows, snapshot, train
 
+NO_LOCKS = pytest.mark.skipif(checkpoints.fcntl is None, reason="there are no locks")
 RUN = "cartpole-pg/fomaml/seed1"
 ADAM = "cartpole-pg/directed-meta-sgd/delta0.005/seed1"
 
@@ -118,19 +121,11 @@ def test_a_damaged_csv_file_heals_on_resume(out, damage, name):
     assert {row["epoch"] for row in rows(out / RUN / "eval.csv")} == set("245")
 
 
-def test_a_run_with_healed_files_ends_as_an_uninterrupted_one(out, tmp_path):
-    for name in ("log.csv", "eval.csv", "config.json"):
-        garble(out / RUN / name)
-    train(out, "--resume", epochs=6)
-    train(tmp_path / "whole", epochs=6)
-    assert torture.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
-
-
 # --- damaged checkpoints ---
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
 
 
 def folder_instead(path):
@@ -140,7 +135,7 @@ def folder_instead(path):
 
 def saved(x):
     """Damage: something else in the checkpoint's place."""
-    return lambda path: torch.save(x, path)
+    return lambda path: path.write_bytes(checkpoints.packed(x))
 
 
 def changed(change):
@@ -149,7 +144,7 @@ def changed(change):
     def damage(path):
         state = torch.load(path, weights_only=True)
         change(state)
-        torch.save(state, path)
+        path.write_bytes(checkpoints.packed(state))
 
     return damage
 
@@ -176,15 +171,54 @@ class Code:
         return (os.mkdir, (os.environ["HOSTILE_FOLDER"],))
 
 
+def without_its_checksum(path):
+    """As an earlier version wrote it."""
+    path.write_bytes(path.read_bytes()[: -checkpoints.CHECKSUM_LENGTH])
+
+
+def fifo_instead(path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("Windows has none")
+    path.unlink()
+    os.mkfifo(path)
+
+
+def deflated(path):
+    """A small file of a large state."""
+    stored = zipfile.ZipFile(io.BytesIO(checkpoints.packed({"theta": torch.zeros(10**6)})))
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in stored.namelist():
+            file.writestr(name, stored.read(name))
+    path.write_bytes(checkpoints.with_checksum(data.getvalue()))
+
+
+def many_times_the_same(path):
+    """10¹² numbers in a file of some kilobytes."""
+    row = [0] * 10**4
+    column = [row] * 10**4
+    path.write_bytes(checkpoints.packed([column] * 10**4))
+
+
 def hostile(path):
-    torch.save({"format": checkpoints.FORMAT, "settings": Code()}, path)
+    path.write_bytes(checkpoints.packed({"format": checkpoints.FORMAT, "settings": Code()}))
 
 
 DAMAGED = [
-    (truncate, "checkpoint.pt: not a checkpoint that torch can read"),
-    (empty, "checkpoint.pt: not a checkpoint that torch can read"),
+    (truncate, "checkpoint.pt: its checksum is wrong: damaged, half-written, or of an earlier version"),
+    (empty, "checkpoint.pt: its checksum is wrong"),
+    (without_its_checksum, "checkpoint.pt: its checksum is wrong"),
     (hostile, "checkpoint.pt: not a checkpoint that torch can read"),
     (folder_instead, "checkpoint.pt: Is a directory"),
+    (fifo_instead, "checkpoint.pt: not a regular file"),
+    (deflated, "checkpoint.pt: not a checkpoint that torch can read (ValueError: its parts are larger than the file)"),
+    (state_with(theta=torch.zeros(3).to_sparse()), "torch can read (ValueError: no run has this Tensor)"),
+    (state_with(theta=torch.zeros(3, device="meta")), "torch can read (ValueError: no run has this Tensor)"),
+    (state_with(theta=torch.zeros(1).expand(10**12)), "torch can read (ValueError: no run has this Tensor)"),
+    (changed(lambda s: s["settings"].update(horizon=10**300)), "torch can read (ValueError: no run has this int)"),
+    (changed(lambda s: s["settings"].update(s)), "torch can read (ValueError: too deep)"),
+    (changed(lambda s: s["log"].append(s["log"])), "torch can read (ValueError: too deep)"),
+    (many_times_the_same, "torch can read (ValueError: more parts than its bytes can hold)"),
     (saved({"model": torch.zeros(3)}), "checkpoint.pt: not a checkpoint of this program"),
     (saved([1, 2]), "checkpoint.pt: not a checkpoint of this program"),
     (state_with(format=0), f"checkpoint.pt: its format is 0, this program's is {checkpoints.FORMAT}"),
@@ -193,7 +227,7 @@ DAMAGED = [
     (state_with(settings=None), "checkpoint.pt: not a checkpoint of this program"),
     (state_with(settings={}), "began with env None, this command says cartpole"),
     (changed(lambda s: s["settings"].update(algo=torch.zeros(2, 2))), "began with algo tensor("),
-    (changed(lambda s: s["settings"].update(algo={(1, 2): 3})), "began with algo {(1, 2): 3}"),
+    (changed(lambda s: s["settings"].update(algo={"a": (2, 3)})), "began with algo {'a': (2, 3)}"),
     (state_with(theta=None), "checkpoint.theta.policy.0.weight is None, expected [1, 1, 4, 8]"),
     (state_with(theta=3), "checkpoint.theta.policy.0.weight is None, expected [1, 1, 4, 8]"),
     (changed(lambda s: s["theta"].pop("policy.1.bias")), "checkpoint.theta.policy.1.bias is None"),
@@ -242,10 +276,25 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy_and_nothing_is_harmed(
     assert snapshot(out) == before and not (out / "hostile").exists()
 
 
-def test_overwrite_is_the_remedy_for_a_damaged_checkpoint(out, two_runs):
-    truncate(out / RUN / "checkpoint.pt")
-    train(out, "--overwrite")
-    assert torture.differences(two_runs, out) == []
+def test_a_checkpoint_that_was_cut_off_anywhere_or_has_another_bit_is_seen(out, tmp_path):
+    data, path = (out / RUN / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
+    rng = random.Random(0)
+    damaged = [data[:length] for length in range(0, len(data), 37)]
+    for _ in range(300):
+        place = rng.randrange(len(data))
+        damaged.append(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(checkpoints.RunError, match="its checksum is wrong"):
+            checkpoints.load(path)
+    path.write_bytes(data)
+    assert checkpoints.load(path)["epoch"] == 4
+
+
+def test_a_file_that_is_too_large_is_not_read(out, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LARGEST", 1000)
+    with pytest.raises(checkpoints.RunError, match="bytes, more than 1000"):
+        checkpoints.load(out / RUN / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("name", ["log.csv", "eval.csv", "config.json"])
@@ -301,6 +350,19 @@ def test_links_in_an_untrusted_folder_are_replaced_and_not_followed(out, tmp_pat
     before = outside.read_bytes()
     train(out, "--resume", epochs=5)
     assert outside.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links")
+@pytest.mark.parametrize("where", [RUN, "cartpole-pg/fomaml"])
+@pytest.mark.parametrize("word", ["--resume", "--overwrite"])
+def test_a_link_in_the_place_of_a_runs_folder_is_refused(out, tmp_path, capsys, where, word):
+    """A run of somebody else's, which would be trained on, or written over."""
+    elsewhere = tmp_path / "elsewhere"
+    (out / where).rename(elsewhere)
+    (out / where).symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    error = refused(capsys, out, word, epochs=6)
+    assert f"{out / where}: a link to another folder; remove it" in error and snapshot(elsewhere) == before
 
 
 # --- crashes ---
@@ -364,7 +426,37 @@ def test_a_stale_pending_checkpoint_is_not_taken(out, tmp_path):
     pending = torch.load(folder / checkpoints.CHECKPOINT, weights_only=True)
     pending |= {"epoch": 5, "theta": {key: p + 1 for key, p in pending["theta"].items()}}
     pending["log"].append([5, *pending["log"][-1][1:]])
-    torch.save(pending, folder / checkpoints.PENDING)
+    (folder / checkpoints.PENDING).write_bytes(checkpoints.packed(pending))
+    train(out, "--resume", epochs=6)
+    train(tmp_path / "whole", epochs=6)
+    assert torture.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
+
+
+def test_a_crash_of_overwrite_leaves_no_old_run_for_resume(out, tmp_path, monkeypatch):
+    """It comes while the first algorithm trains: the second's old run, of another β, must not pass for the new one."""
+    train(out, "--overwrite", algo="fomaml directed-fomaml")
+    words = ["--beta", 0.002, "--workers", 1]
+
+    def crash(batch, *args):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", crash)
+        with pytest.raises(Crash):
+            train(out, *words, "--overwrite", algo="fomaml directed-fomaml")
+    train(out, *words, "--resume", algo="fomaml directed-fomaml")
+    train(tmp_path / "whole", *words, algo="fomaml directed-fomaml")
+    for algo in ("fomaml", "directed-fomaml"):
+        assert torture.differences(tmp_path / "whole/cartpole-pg" / algo, out / "cartpole-pg" / algo) == []
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, hostile, fifo_instead])
+def test_a_pending_checkpoint_that_cannot_be_read_is_discarded(out, tmp_path, monkeypatch, damage):
+    """A crash came while it was written, before any other was put in its place."""
+    monkeypatch.setenv("HOSTILE_FOLDER", str(out / "hostile"))
+    pending = out / RUN / checkpoints.PENDING
+    shutil.copy(out / RUN / "checkpoint.pt", pending)
+    damage(pending)
     train(out, "--resume", epochs=6)
     train(tmp_path / "whole", epochs=6)
     assert torture.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
@@ -393,7 +485,7 @@ def test_a_sweep_killed_at_random_moments_equals_one_that_was_not(tmp_path, star
 # --- two processes at once ---
 
 
-@pytest.mark.skipif(checkpoints.fcntl is None, reason="there are no locks")
+@NO_LOCKS
 def test_a_second_process_on_the_same_run_is_refused_and_harms_nothing(tmp_path, capsys, start):
     command = start("--env", "cartpole", "--algo", "fomaml", out=tmp_path)
     folder = tmp_path / RUN
@@ -408,6 +500,41 @@ def test_a_second_process_on_the_same_run_is_refused_and_harms_nothing(tmp_path,
     epochs = len(rows(folder / "log.csv"))
     assert epochs >= 3
     train(tmp_path, "--resume", epochs=5 + epochs)  # the dead process leaves no lock
+
+
+@pytest.fixture
+def one_run(tmp_path):
+    """A run in a folder of its own, at epoch 0."""
+    return checkpoints.Run(tmp_path / "maml/seed1", {"algo": "maml"}, {"epoch": 0, "log": [], "eval": []})
+
+
+@NO_LOCKS
+def test_a_run_whose_folder_was_deleted_and_made_anew_writes_nothing_there(one_run):
+    """By `rm -r` and a second command, whose lock is on the new folder."""
+    with checkpoints.opened([one_run], resume=False, overwrite=False, epochs=1):
+        one_run.folder.rmdir()
+        one_run.folder.mkdir()
+        for write in (lambda: checkpoints.save([one_run]), lambda: checkpoints.append_rows(one_run, "log", [[1]])):
+            with pytest.raises(checkpoints.RunError, match="seed1: the folder was deleted while this run trained"):
+                write()
+        assert snapshot(one_run.folder) == {}
+
+
+@NO_LOCKS
+def test_a_folder_that_is_made_anew_while_its_lock_is_awaited_is_locked(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    flock = checkpoints.fcntl.flock
+
+    def made_anew(descriptor, how):
+        monkeypatch.undo()
+        folder.rmdir()
+        folder.mkdir()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", made_anew)
+    with checkpoints.locked(folder, wait=True), pytest.raises(checkpoints.RunError, match="another process"):
+        checkpoints.lock(folder, wait=False)
 
 
 # --- disks ---

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import checkpoints
 import envs
 import policies
 import run
-import trained
+from harness import checkpoints, trained
+from harness.start import first_state
 from tests.noise import noise_of, rollout_of, tasks_of
 
 SMALL = ["--tasks", "2", "--trajectories", "4", "--horizon", "12", "--hidden", "8", "--eval-every", "2", "--quiet"]
@@ -71,14 +71,14 @@ def test_joint_training_takes_one_rollout_an_epoch_and_the_summed_gradient_of_th
     settings = checkpoints.load(joint / "checkpoint.pt")["settings"]
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
-    start = run.first_state(settings, env)["theta"]
+    start = first_state(settings, env)["theta"]
     phi, noise = tasks_of(env, [3], run.TASKS, 2), noise_of(env, [3], run.TASKS, 2, 4)
     seen = {name: p.expand(-1, 2, *p.shape[2:]) for name, p in start.items()}
     trajectories = rollout_of(env, head, seen, phi, noise)
     gradient = dict.fromkeys(start, 0.0)
     for i in range(2):
         task = {key: x[:, i : i + 1] for key, x in trajectories.items()}
-        loss = policies.pg(start, task, head, 0.99, "lvc", "step")
+        loss = policies.loss(start, task, head, "pg", 0.99, "lvc", "step")
         for (name, _), g in zip(start.items(), torch.autograd.grad(loss.sum(), list(start.values())), strict=True):
             gradient[name] = gradient[name] + g
     for name, p in theta(joint).items():
@@ -184,7 +184,7 @@ def test_the_pooled_medium_task_costs_k_trajectories_and_is_the_mean_over_the_ta
     settings = checkpoints.load(folder / "checkpoint.pt")["settings"]
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
-    start = run.first_state(settings, env)["theta"]
+    start = first_state(settings, env)["theta"]
     phi = tasks_of(env, [1], run.TASKS, 2)  # the epoch's own tasks
     noise = noise_of(env, [1], run.MEDIUM, 2, 2)
     parts = []
@@ -192,7 +192,7 @@ def test_the_pooled_medium_task_costs_k_trajectories_and_is_the_mean_over_the_ta
         own = {key: x[:, i : i + 1] for key, x in noise.items()}
         parts.append(rollout_of(env, head, start, phi[:, i : i + 1], own))
     together = {key: torch.cat([part[key] for part in parts], 2) for key in parts[0]}  # (1, 1, K, ...)
-    loss = policies.pg(start, together, head, 0.99, "lvc", "step")
+    loss = policies.loss(start, together, head, "pg", 0.99, "lvc", "step")
     gradients = torch.autograd.grad(loss.sum(), list(start.values()))
     for (name, p), g in zip(start.items(), gradients, strict=True):
         torch.testing.assert_close(theta(folder)[name], p.detach() - g, rtol=1e-5, atol=1e-5)
@@ -218,7 +218,7 @@ def test_the_norms_are_those_of_what_the_delta_and_beta_steps_moved(tmp_path):
         go(tmp_path / name, "--delta", 0.5, "--beta", beta, "--rl", "ac", env="point", algo="directed-maml", epochs=1)
     folders = [tmp_path / name / "point-ac" / "directed-maml" / "delta0.5" / "seed1" for name in ("delta", "both")]
     env = replace(envs.make("point"), horizon=12)
-    start = run.first_state(checkpoints.load(folders[0] / "checkpoint.pt")["settings"], env)["theta"]
+    start = first_state(checkpoints.load(folders[0] / "checkpoint.pt")["settings"], env)["theta"]
     first, second, third = (
         torch.cat([p.detach().double().flatten() for p in parameters.values()])
         for parameters in (start, *map(theta, folders))

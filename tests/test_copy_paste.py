@@ -1,4 +1,5 @@
-"""maml.py and directed.py work in another project, with torch as their only import."""
+"""maml.py and directed.py work in another project, with torch as their only import; policies.py and envs.py with torch
+and numpy."""
 
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 from harness import processes
 
 REPOSITORY = Path(__file__).parent.parent
-OURS = {path.stem for path in REPOSITORY.glob("*.py")}
+OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"harness"}
 OTHERS = {"numpy", "gymnasium", "tqdm", "matplotlib"}
 USES = {
     "maml": """
@@ -32,34 +33,53 @@ USES = {
         directed(lambda theta, task_loss: None, 0.25)(theta, lambda params: params["x"].square(), lambda params: None)
         assert torch.allclose(theta["x"].detach(), torch.tensor([[0.5]]))  # 1 − 0.25·2
     """,
+    "policies": """
+        import torch
+        from policies import Gaussian, actor, init
+        theta = init(3, Gaussian(2), lambda *shape: torch.rand(1, 1, *shape))
+        act = actor({name: p.detach().numpy() for name, p in theta.items()}, Gaussian(2))
+        assert act(torch.ones(1, 4, 3).numpy(), torch.zeros(1, 4, 2).numpy()).shape == (1, 4, 2)
+    """,
+    "envs": """
+        import envs
+        env, stream = envs.make("cartpole", horizon=5), envs.stream([1], envs.TASKS)
+        phi, noise = envs.sample_tasks(env, stream, 2), envs.draw_noise(env, stream, range(2), 3)
+        trajectories = envs.rollout(env, lambda obs, noise: noise.argmax(-1), phi, noise)
+        assert (trajectories["rewards"].sum(-1) == 5).all()
+    """,
 }
+WITH_NUMPY = ("policies", "envs")
 
 
 class TorchAlone:
     """The project's other packages fail on import, and its other modules are not to be found."""
 
+    def __init__(self, packages):
+        self.packages = packages
+
     def find_spec(self, name, path=None, target=None):
-        if name in OTHERS:
+        if name in self.packages:
             raise ModuleNotFoundError(f"{name} is not to be imported")
 
 
-def use_alone(folder, program):
-    """In a process forked from this one, which has torch loaded: as if nothing else had been."""
+def use_alone(folder, program, packages):
+    """In a process forked from this one, which has torch loaded: as if none of the packages had been."""
     os.chdir(folder)
-    for name in [name for name in sys.modules if name.split(".")[0] in {*OTHERS, *OURS}]:
+    for name in [name for name in sys.modules if name.split(".")[0] in {*packages, *OURS}]:
         del sys.modules[name]
     sys.path[:] = [str(folder), *(x for x in sys.path if x and Path(x).resolve() != REPOSITORY)]
-    sys.meta_path.insert(0, TorchAlone())
+    sys.meta_path.insert(0, TorchAlone(packages))
     exec(textwrap.dedent(program), {})
 
 
 def test_a_module_copied_into_an_empty_folder_works(tmp_path):
     """And one that needs a package or a module of ours does not."""
-    for module, program in (*USES.items(), ("measures", "import measures"), ("trained", "import trained")):
+    for module, program in (*USES.items(), ("run", "import run")):
         folder = tmp_path / module
         folder.mkdir()
         shutil.copy(REPOSITORY / f"{module}.py", folder)
-        process = processes.context().Process(target=use_alone, args=(folder, program))
+        packages = OTHERS - {"numpy"} if module in WITH_NUMPY else OTHERS
+        process = processes.context().Process(target=use_alone, args=(folder, program, packages))
         process.start()
         process.join(60)
         assert (process.exitcode == 0) == (module in USES), module

@@ -12,8 +12,9 @@ import run
 from harness import device, ranks, sampling
 from harness.log import Rows
 from harness.settings import algorithms, make_env, parse
+from harness.start import new_runs
 
-FAMILIES = [name for name, env in envs.ENVS.items() if not env.in_workers]
+FAMILIES = list(envs.ENVS)
 SIZES = ["--seed", "1", "2", "--tasks", "2", "--trajectories", "4", "--horizon", "5", "--hidden", "8"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 
@@ -24,7 +25,7 @@ def make_batch(place, *words, env="cartpole", algo="maml", compiled=None):
     family = make_env(args)
     head = policies.make_head(family.actions)
     sample = sampling.DeviceSampler(family, head, place, compiled)
-    return run.Batch(run.new_runs(args, family), family, head, sample, place, ranks.Ranks(), Rows(writes=False))
+    return run.Batch(new_runs(args, family), family, head, sample, place, ranks.Ranks(), Rows(writes=False))
 
 
 class NothingOfTheHost(TorchDispatchMode):

@@ -1,19 +1,23 @@
 """Parameters of gymnasium environments: paths, constructors' keywords, whole numbers, lists of tasks, refusals."""
 
+import itertools
 import json
 import pickle
+import random
 import re
 import types
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 import envs
 import run
-import trained
-from envs import make
+from envs import ArgumentError
+from harness import gyms, trained, watch
+from harness.gyms import make
 from harness.settings import make_env, parse, plan
 from tests.commands import REPOSITORY, refused, rows, train
 from tests.noise import noise_of, tasks_of
@@ -83,7 +87,8 @@ def rewards(env, *tasks):
     """The reward of the first step on each task."""
     phi = np.array([tasks], np.float32)
     noise = {key: x.numpy() for key, x in noise_of(env, [0], 0, len(tasks), 1).items()}
-    return envs.rollout(env, lambda obs, noise: noise.argmax(-1), phi, noise)["rewards"][0, :, 0, 0].tolist()
+    act = watch.random_actions(env)
+    return envs.rollout(env, act, phi, noise)["rewards"][0, :, 0, 0].tolist()
 
 
 # --- paths ---
@@ -144,20 +149,20 @@ def test_dict_observations_are_flattened_as_gymnasium_does():
         (["switch"], {}, "switch: a switch of Room-v0, False"),
         (["make.tall"], {}, "make.tall: a switch of Room-v0, False"),
         (["area"], {"bounds": [1, 2]}, "area: Room-v0 does not take it"),
-        (["level"], {"bounds": [0, 3]}, "takes whole numbers as level; list them with `values`"),
+        (["level"], {"bounds": [0, 3]}, "values: Room-v0 takes whole numbers as level; list them"),
         (["config[count]"], {"bounds": [1, 9]}, r"takes whole numbers as config\[count\]"),
         (["grid[0]"], {"bounds": [1, 9]}, r"whole numbers as grid\[0\].*it is 4"),
-        (["level"], {"values": [0, 7]}, "`values`: Room-v0 fails at level = 7 .IndexError"),
-        (["level"], {"values": [0, 0.5]}, "`values`: Room-v0 fails at level = 0.5"),
-        (["level"], {"values": [0, 1, 0]}, "`values` 0 1 0: duplicate task"),
+        (["level"], {"values": [0, 7]}, "values: Room-v0 fails at level = 7 .IndexError"),
+        (["level"], {"values": [0, 0.5]}, "values: Room-v0 fails at level = 0.5"),
+        (["level"], {"values": [0, 1, 0]}, "values 0 1 0: duplicate task"),
         (["level", "pull"], {"values": [0, 1, 0]}, "expected 2 number.s. for each task: level, pull"),
         (["level"], {"values": [2**24 + 1]}, "whole ones up to 16777216"),
-        (["closed"], {"values": [0, 1]}, "closed = 0 and 1 give the same episode under random actions"),
+        (["closed"], {"values": [0, 1]}, "names closed: Room-v0 gives the same episode .* at 0 and 1"),
         (["model.opt.gravity[2]"], {"bounds": [5, 15]}, "is -9.81 in Room-v0, and 5 points upward"),
     ],
 )  # fmt: skip
 def test_what_is_no_parameter_is_refused_in_one_line(names, options, says):
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(ArgumentError, match=says) as error:
         make("Room-v0", names, **options)
     assert "\n" not in str(error.value)
 
@@ -168,14 +173,13 @@ def test_what_is_no_parameter_is_refused_in_one_line(names, options, says):
         ("CartPole-v1", {"names": ["length"], "bounds": [0.2, 1]}, "constants that its constructor derived .* wrapper"),
         ("CartPole-v1", {"names": ["masspole"], "bounds": [0.2, 1]}, "constants that its constructor derived"),
         ("LunarLander-v3", {"names": ["gravity"], "bounds": [5, 15]}, "gravity is -10 .* and 5 points upward"),
-        ("LunarLander-v3", {"names": ["gravity"], "values": [-5, 5]}, "5 points upward"),
         ("lunarlander", {"bounds": [-15, -5]}, "gravity is 10 .* -15 points upward"),
         ("nobody:MyEnv-v0", {}, "No module named 'nobody'"),
         ("MyEnv-v0", {}, "package:id where importing a package registers it"),
     ],
 )
 def test_physics_that_would_lie_and_packages_that_are_not_there_are_refused(name, options, says):
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(ArgumentError, match=says) as error:
         make(name, **options)
     assert "\n" not in str(error.value)
 
@@ -220,7 +224,11 @@ def test_listed_tasks_are_drawn_equally_often_and_their_ends_are_phis():
     ("words", "medium"),
     [
         ("--param level --values 0 1 2", "mean"),  # their mean, 1, is one of them
-        ("--param pull --values 0 1 4", "mean"),  # 1.67 is a number as good as others
+        ("--param pull --values 0 1 4", None),  # 1.67 is none of them
+        ("--param pull --values 0 1 2", "mean"),
+        ("--param pull --values -1 1", None),  # forward and backward: 0 may be no task
+        ("--param pull --values 0 1 4 --medium mean", "mean"),
+        ("--param pull --values 0 1 4 --medium 4", [4.0]),
         ("--param level --values 0 1 3", None),  # 1.33 is no level
         ("--param make.size --values 3 4 7", None),
         ("--param make.depth level --values 0 1 1 2", None),
@@ -236,7 +244,7 @@ def test_the_medium_task_is_the_mean_of_listed_tasks_where_that_is_a_task(words,
     args = parse(["--env", "Room-v0", "--algo", "directed-maml", *words.split()])
     env = make_env(args)
     if medium is None:
-        with pytest.raises(run.RunError, match="--medium .* is no task; give --medium one of them, random or pooled"):
+        with pytest.raises(run.RunError, match="--medium .* no task; give --medium one of them, random or pooled"):
             plan(args, "directed-maml", env)
         return
     [(_, settings)] = plan(args, "directed-maml", env)
@@ -289,7 +297,7 @@ def test_what_phi_changes_is_what_a_plain_loop_over_gymnasium_sees():
         seen.append((start, steps[-1][0][3], sum(step[1] for step in steps)))
     (start_low, low, paid_low), (start_high, high, paid_high) = seen
     assert low > high
-    said = trained.what_phi_changes(env)
+    said = watch.what_phi_changes(env)
     assert said.startswith("gravity (m/s²) = 5 | 15: after 5 equal random actions observation ")
     assert f"observation 3 went {start_low:.4g} → {low:.4g} | {start_high:.4g} → {high:.4g}" in said
     assert said.endswith(f"the rewards sum to {paid_low:.4g} | {paid_high:.4g}")
@@ -311,22 +319,293 @@ def test_an_environment_that_renders_nothing_is_one_line(tmp_path, capsys):
     assert error.count("\n") == 1 and "cannot be rendered here (TypeError: render returns no picture)" in error
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--values 5 10 --range 5 15", "--range: not allowed with argument --values"),
-        ("--eval-values 5 --eval-range 5 15", "--eval-range: not allowed with argument --eval-values"),
-        ("--values 5 10 --task-dist skewed", "--task-dist skewed: not allowed with argument --values"),
-        ("--values 5 5", "--values 5 5: duplicate task"),
-        ("--eval-values 5 5", "--eval-values 5 5: duplicate task"),
-    ],
-)
-def test_flags_of_listed_tasks_that_conflict_are_refused(tmp_path, capsys, words, says):
-    assert says in refused(capsys, tmp_path, *words.split())
-
-
 def test_held_out_tasks_at_which_the_environment_fails_are_refused_before_training(tmp_path, capsys):
     words = ["--param", "level", "--values", 0, 1, "--eval-values", 2, 9]
     assert "--eval-values: Room-v0 fails at level = 9 (IndexError" in refused(capsys, tmp_path, *words, env="Room-v0")
-    words = ["--param", "model.opt.gravity[2]", "--range", -15, -5, "--eval-range", -10, 10]
+    words = ["--param", "model.opt.gravity[2]", "--range", -15, -5, "--eval-range", 5, 10]
     assert "--eval-range: model.opt.gravity[2] is -9.81" in refused(capsys, tmp_path, *words, env="Room-v0")
+
+
+# --- what an environment returns ---
+
+
+class Odd(gymnasium.Env):
+    """Pays `pull` for every step; its subclasses return something else than gymnasium's interface says."""
+
+    observation_space, action_space = spaces.Box(-9, 9, (2,), np.float32), spaces.Discrete(2)
+    pull, seen = 1.0, []
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        Odd.seen.append(action)
+        self.steps += 1
+        return np.zeros(2, np.float32), self.pull, False, False, {}
+
+
+def odd(step=None, reset=None, steps=3, **attributes):
+    """The id of an Odd environment with other methods or attributes.
+
+    step, reset: (env, what Odd returns) -> what this one returns.
+    """
+    methods = {} if step is None else {"step": lambda self, action: step(self, Odd.step(self, action))}
+    methods |= {} if reset is None else {"reset": lambda self, **options: reset(self, Odd.reset(self, **options))}
+    env_id = f"Odd{len(gymnasium.registry)}-v0"
+    gymnasium.register(env_id, type("Another", (Odd,), methods | attributes), max_episode_steps=steps)
+    return env_id
+
+
+def with_reward(make_reward):
+    return lambda self, returned: (returned[0], make_reward(self), *returned[2:])
+
+
+def with_observation(make_observation):
+    return lambda self, returned: (make_observation(self), *returned[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"step": with_reward(lambda env: np.ones(2))}, r"its reward is array.*, of shape \(2,\); expected one number"),
+        ({"step": with_reward(lambda env: None)}, "its reward is None, of shape"),
+        ({"step": lambda env, returned: returned[:4]}, "expected .observation, reward, terminated, truncated, info."),
+        ({"step": with_observation(lambda env: np.zeros(3))}, r"shape \(3,\), its observation_space \(2,\)"),
+        ({"reset": lambda env, returned: (np.zeros(3), {})}, r"shape \(3,\), its observation_space \(2,\)"),
+        ({"reset": lambda env, returned: np.zeros(2)}, "its reset returns no pair; expected .observation, info."),
+    ],
+)
+def test_an_environment_that_returns_something_else_is_refused_in_words(options, says):
+    if options.get("step") and says.startswith("expected"):  # gymnasium's own time limit would fail first
+        options = options | {"steps": None}
+    with pytest.raises(ArgumentError, match=says) as error:
+        make(odd(**options), ["pull"], [0, 1], horizon=3)
+    assert error.value.argument == "name" and error.value.value.startswith("Odd")
+
+
+@pytest.mark.parametrize("reward", [lambda env: np.array([env.pull]), lambda env: np.float32(env.pull)])
+def test_a_reward_in_an_array_of_one_number_is_that_number(reward):
+    env = make(odd(with_reward(reward)), ["pull"], [0, 1])
+    assert rewards(env, [0.25], [0.5]) == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        (with_reward(lambda env: np.log(env.pull)), "fails at pull = 0 .ValueError: its reward is -inf"),
+        (with_observation(lambda env: np.full(2, np.nan)), "fails at pull = 0 .ValueError: its observation is not"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_numbers_that_are_not_finite_are_the_environments(tmp_path, capsys, step, says):
+    error = refused(capsys, tmp_path, "--param", "pull", "--range", 0, 1, env=odd(step))
+    assert re.search(f"--range: Odd.* {says}", error)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reward_that_is_not_finite_in_training_is_not_blamed_on_step_sizes(tmp_path, capsys, workers):
+    """Nor is --resume offered, which would end the same way."""
+    env = odd(with_reward(lambda env: np.nan if env.steps > 300 else env.pull), steps=400)
+    words = ["--param", "pull", "--range", 0, 1, "--horizon", 400, "--workers", workers]
+    error = refused(capsys, tmp_path, *words, env=env, code=1)
+    assert f"{env} returned rewards that are not finite" in error and "--resume" not in error and "--beta" not in error
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_debug_shows_the_traceback_of_the_environment_also_from_a_worker(tmp_path, capsys, workers):
+    def fail(env, returned):
+        assert env.steps < 300
+        return returned
+
+    words = ["--param", "pull", "--range", 0, 1, "--horizon", 400, "--workers", workers]
+    env = odd(fail, steps=400)
+    error = refused(capsys, tmp_path, *words, env=env, code=1)
+    with pytest.raises(SystemExit):
+        train(tmp_path, *words, "--overwrite", "--debug", env=env)
+    traced = capsys.readouterr().err
+    assert "Traceback" not in error and traced.endswith(error)
+    assert "assert env.steps < 300" in traced and "test_gyms.py" in traced
+
+
+def test_what_an_environment_says_may_hold_backquotes_and_comes_with_its_file_and_line(tmp_path, capsys, monkeypatch):
+    def fail(env, returned):
+        raise ValueError("`speed` must be set")
+
+    error = refused(capsys, tmp_path, "--param", "pull", "--range", 0, 1, env=odd(fail))
+    line = fail.__code__.co_firstlineno + 1
+    assert f"fails at pull = 0 (ValueError: `speed` must be set (test_gyms.py, line {line})); give others" in error
+    (tmp_path / "mine.py").write_text("import gymnasium; gymnasium.register('Pole-v0', lambda: None)")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "--env mine:Pol-v0: gymnasium cannot make it: NameNotFound: Environment `Pol`" in refused(
+        capsys, tmp_path, env="mine:Pol-v0"
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_a_box_of_whole_numbers_gets_whole_numbers(dtype):
+    env = make(odd(action_space=spaces.Box(-2, 3, (2,), dtype)), ["pull"], [0, 1])
+    noise = envs.draw_noise(env, envs.stream([0], 0), range(1), 1)
+    Odd.seen = []
+    envs.rollout(env, lambda obs, noise: np.array([[[0.5, -7.0]]]), np.array([[[1.0]]]), noise)
+    assert all(action.dtype == dtype and action.tolist() == [2, -2] for action in Odd.seen)  # 1.75 of −2 .. 3
+
+
+def test_discrete_actions_may_begin_elsewhere(tmp_path):
+    env_id = odd(action_space=spaces.Discrete(2, start=5))
+    train(tmp_path, "--param", "pull", "--range", 0, 1, env=env_id, epochs=1)
+    Odd.seen = []
+    policy = trained.load(tmp_path / f"{env_id}-pg/fomaml/seed1")
+    trajectories = policy.sample(policy.check_phi([0.5]), envs.stream([0], 0), itertools.count(1), policy.theta)
+    actions = trajectories["actions"][0, 0]
+    assert set(Odd.seen) == {5, 6} == {policy.act(np.zeros(2)) for _ in range(50)}
+    own = [(np.zeros((3, 2)), taken[:3], np.zeros(3)) for taken in actions + 5]
+    got = policy.trajectories(own)["actions"][0, 0]
+    assert set(actions[:, :3].unique().tolist()) == {0, 1} and torch.equal(got, actions[:, :3])
+
+
+UNUSUAL_ACTIONS = [
+    spaces.MultiDiscrete([3, 2]),
+    spaces.MultiBinary(3),
+    spaces.Box(-np.inf, np.inf, (2,), np.float32),
+    spaces.Box(-1, 1, (2, 3), np.float32),
+]
+
+
+@pytest.mark.parametrize("space", UNUSUAL_ACTIONS, ids=str)
+def test_other_actions_are_refused_with_the_line_that_makes_them_work(space):
+    def acts(env, returned):
+        assert env.action_space.contains(np.asarray(Odd.seen[-1], env.action_space.dtype))
+        return returned
+
+    env_id = odd(acts, action_space=space)
+    with pytest.raises(ArgumentError, match="expected Discrete, or a bounded Box vector; register") as error:
+        make(env_id, ["pull"], [0, 1])
+    line = str(error.value).split("register an environment that is ")[1]
+    wrapped = f"Wrapped-{env_id}"
+    gymnasium.register(wrapped, lambda: eval(line, {"env": gymnasium.make(env_id), "gymnasium": gymnasium, "np": np}))
+    assert rewards(make(wrapped, ["pull"], [0, 1], horizon=3), [0.25]) == [0.25]
+
+
+# --- environments with a state or random numbers of their own ---
+
+
+def resets_counted(env, returned):
+    env.resets = getattr(env, "resets", 0) + 1
+    return returned
+
+
+EXACT = with_reward(lambda env: env.pull)
+OWN = {
+    "a count of resets": {"reset": resets_counted, "step": with_reward(lambda env: env.pull + env.resets)},
+    "numpy's random numbers": {"step": with_reward(lambda env: env.pull + np.random.rand())},
+    "Python's": {"step": with_reward(lambda env: env.pull + random.random())},
+}
+
+
+@pytest.mark.parametrize("options", OWN.values(), ids=OWN)
+def test_an_environment_that_cannot_repeat_a_task_is_warned_of(capsys, options):
+    make(env_id := odd(**options), ["pull"], [0, 1])
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {env_id} plays a task otherwise the second time") and said.count("\n") == 1
+    make(odd(EXACT), ["pull"], [0, 1])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", OWN.values(), ids=OWN)
+def test_what_changes_by_itself_is_not_the_parameters_doing(options):
+    with pytest.raises(ArgumentError, match="names nothing: .* gives the same episode under random actions at 0 and 1"):
+        make(odd(**options, nothing=0.5), ["nothing"], [0, 1])
+
+
+def test_a_normalised_observation_is_a_state_of_its_own(capsys):
+    env_id = odd(with_observation(lambda env: np.full(2, env.steps * env.pull)))
+    normalised = f"Normalised-{env_id}"
+    gymnasium.register(normalised, lambda: gymnasium.wrappers.NormalizeObservation(gymnasium.make(env_id)))
+    make(normalised, ["pull"], [0.5, 1])
+    assert f"{normalised} plays a task otherwise the second time" in capsys.readouterr().err
+
+
+# --- what is tried respects the horizon ---
+
+
+def test_no_more_steps_are_tried_than_an_episode_has():
+    def fails_late(env, returned):
+        assert env.steps < 5
+        return returned
+
+    assert make(odd(fails_late, steps=100), ["pull"], [0, 1], horizon=4).horizon == 4
+    with pytest.raises(ArgumentError, match="fails at pull = 0 .AssertionError"):
+        make(odd(fails_late, steps=100), ["pull"], [0, 1], horizon=6)
+    late = odd(with_reward(lambda env: env.pull if env.steps > 4 else 0.0), steps=100)
+    assert make(late, ["pull"], [0, 1], horizon=6).horizon == 6
+    with pytest.raises(ArgumentError, match="names pull: .* same episode"):
+        make(late, ["pull"], [0, 1], horizon=4)
+
+
+class Sized(Odd):
+    """size has no default; unused has one."""
+
+    def __init__(self, size, unused=1.0):
+        self.pull = float(size)
+        assert type(size) is int and size > 0
+
+
+gymnasium.register("Sized-v0", Sized, max_episode_steps=3)
+
+
+def test_a_keyword_that_the_constructor_requires_may_be_the_parameter():
+    env = make("Sized-v0", ["make.size"], values=[1, 2, 5])
+    assert rewards(env, [5], [1]) == [5, 1] and env.dynamics.whole == ["make.size"]
+    assert rewards(pickle.loads(pickle.dumps(env)), [2]) == [2]
+
+
+def test_a_keyword_that_changes_nothing_is_refused_like_an_attribute():
+    with pytest.raises(ArgumentError, match="names make.unused: .* same episode"):
+        make("Sized-v0", ["make.unused"], [1, 2], keywords=["size=1"])
+    with pytest.raises(ArgumentError, match="names make.wind_power: .* with what that needs"):
+        make("LunarLander-v3", ["make.wind_power"], [5, 15])
+
+
+def test_a_gravity_whose_sign_changes_is_warned_of(capsys):
+    make("LunarLander-v3", ["gravity"], values=[-5, 5])
+    assert capsys.readouterr().err == "warning: gravity is -10 in LunarLander-v3, and 5 points upward\n"
+
+
+# --- keywords for the constructor ---
+
+
+def test_keywords_reach_every_instance_and_are_part_of_the_run(tmp_path, capsys):
+    words = ["--param", "wind_power", "--range", 5, 15, "--make", "enable_wind=True", "--horizon", 5]
+    train(tmp_path, *words, env="LunarLander-v3", epochs=1)
+    folder = tmp_path / "LunarLander-v3-pg/fomaml/seed1"
+    assert json.loads((folder / "config.json").read_text())["make"] == ["enable_wind=True"]
+    assert trained.load(folder).env.dynamics.keywords == {"enable_wind": True}
+    run.main(["--like", str(folder), "--seed", "2", "--out", str(tmp_path), "--quiet"])
+    assert trained.load(folder.with_name("seed2")).env.dynamics.keywords == {"enable_wind": True}
+    words[words.index("enable_wind=True")] = "enable_wind=1"
+    assert "give --make as before" in refused(capsys, tmp_path, *words, "--resume", env="LunarLander-v3", epochs=2)
+    assert make("lunarlander", keywords=["enable_wind=True"]).dynamics.keywords == {"enable_wind": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("Sized-v0", ["size"], "make size: expected NAME=VALUE"),
+        ("Sized-v0", ["size=2", "unsued=1"], "make unsued=1: Sized-v0 has no such keyword; did you mean unused?"),
+        ("Sized-v0", ["size=2", "unused=1"], "make unused=1: it is φ; leave it out"),
+        ("Sized-v0", [], "Sized-v0: gymnasium cannot make it: TypeError: .* argument: 'size'"),
+        ("lunarlander", ["windy=1"], "make windy=1: LunarLander-v3 has no such keyword"),
+        ("cartpole", ["x=1"], "make x=1: cartpole has no constructor; leave it out"),
+    ],
+)
+def test_keywords_that_the_constructor_does_not_take_are_refused(name, words, says):
+    with pytest.raises(ArgumentError, match=says):
+        make(name, ["make.unused"] if name == "Sized-v0" else None, [1, 2], keywords=words)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("0.5", 0.5), ("True", True), ("None", None), ("4x4", "4x4")])
+def test_values_of_keywords_are_pythons_numbers_or_words(text, value):
+    name, got = gyms.keyword_of(f"x={text}")
+    assert name == "x" and got == value and type(got) is type(value)

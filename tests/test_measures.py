@@ -2,12 +2,12 @@
 
 import math
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import measures
-import report
+from harness import measures, report
 
 DISTRIBUTIONS = {  # name: (samples of a shape, their median, positive)
     "normal": (lambda rng, shape: rng.normal(size=shape), 0, False),
@@ -33,17 +33,28 @@ def test_an_interval_holds_the_median_at_least_93_times_in_100(n, name):
     assert 0.93 <= np.mean((low <= median) & (median <= high)) <= 0.975
 
 
-def test_of_5_values_or_more_the_interval_needs_no_assumption_and_below_it_does():
-    """Two clusters, 40% at 0 and 60% at 3, σ 0.2. Below the median is the lower cluster and what lies of the upper one
-    below it, 1/6: 3 + 0.2 Φ⁻¹(1/6)."""
-    rng = np.random.default_rng(1)
-    coverage = {}
-    for n in (3, 5, 10):
-        values = 0.2 * rng.normal(size=(n, 40_000)) + 3 * (rng.random((n, 40_000)) > 0.4)
-        _, low, high = measures.median_interval(values)
-        median = 3 + 0.2 * NormalDist().inv_cdf(1 / 6)
-        coverage[n] = np.mean((low <= median) & (median <= high))
-    assert 0.89 < coverage[3] < 0.91 and 0.93 < coverage[5] < 0.95 and 0.94 < coverage[10] < 0.96
+def coverage_of_clusters(n, share, median):
+    """How often the interval of n values holds their median: a share of them around 0, the others around 3,
+    with σ 0.2."""
+    rng = np.random.default_rng(n)
+    values = 0.2 * rng.normal(size=(n, 40_000)) + 3 * (rng.random((n, 40_000)) > share)
+    _, low, high = measures.median_interval(values)
+    return np.mean((low <= median) & (median <= high))
+
+
+def test_the_range_of_5_values_needs_no_assumption_and_other_intervals_do():
+    """40% around 0: below the median is the lower cluster, and of the upper one what lies below it, 1/6:
+    3 + 0.2 Φ⁻¹(1/6). Half around 0: the median is the middle of the gap. Of 3 values, all are in one cluster in
+    2/2³ of the cases, and of 4 in 2/2⁴. Of 7, two or fewer are in one cluster in 2 (1 + 7)/2⁷ of the cases, of
+    10 in 2 (1 + 10 + 45)/2¹⁰: an end between the ranks d and d + 1 lies then above the gap's middle if it is
+    nearer to d + 1."""
+    median = 3 + 0.2 * NormalDist().inv_cdf(1 / 6)
+    exact = 1 - 2 / 2**5
+    for share, middle in ((0.4, median), (0.5, 1.5)):
+        assert coverage_of_clusters(5, share, middle) == pytest.approx(exact, abs=0.005)
+    assert coverage_of_clusters(3, 0.4, median) == pytest.approx(0.90, abs=0.005)
+    for n, coverage in ((3, 1 - 2 / 2**3), (4, 1 - 2 / 2**4), (7, 1 - 16 / 2**7), (10, 1 - 112 / 2**10)):
+        assert coverage_of_clusters(n, 0.5, 1.5) == pytest.approx(coverage, abs=0.007)  # 4 Monte Carlo errors
 
 
 @pytest.mark.parametrize("n", measures.WIDENED)
@@ -154,33 +165,51 @@ def test_ema_by_hand():
 def logged(returns, env_steps=None, failed=False):
     epochs = np.arange(1.0, len(returns) + 1)
     log = {"epoch": epochs, "env_steps": 100 * epochs if env_steps is None else np.array(env_steps, dtype=float)}
-    return {"failed": failed, "log": log | {"return_post": np.array(returns, dtype=float)}}
+    return SimpleNamespace(failed=failed, log=log | {"return_post": np.array(returns, dtype=float)})
 
 
 def test_first_passage_and_sustained_by_hand():
-    """Over 9 in epochs 1 to 5 (10), under it in 6 to 25 (0), over it again in 26 to 65 (10): 65 epochs.
+    """Over 9 in epochs 1 to 5 (10), under it in 6 to 105 (0), over it again in 106 to 305 (10).
 
-    The smoothed return starts at 10: the first passage is epoch 1. A mean of 20 epochs is 10 n/20 with n of them good.
-    From epoch t in 6 .. 25 on n = t - 6; the first mean over 9, with n = 19, is that from epoch 25 on, and all later
-    ones are over it too. The mean over 10 never is: 10 is not over 10."""
-    run = logged([10] * 5 + [0] * 20 + [10] * 40)
+    The smoothed return starts at 10: the first passage is epoch 1. A mean of 100 epochs is 10 n/100 with n of
+    them good. From epoch t in 6 .. 105 on n = t - 6; the first mean over 9, with n = 91, is that from epoch 97
+    on, and all later ones are over it too. The mean over 10 never is: 10 is not over 10."""
+    run = logged([10] * 5 + [0] * 100 + [10] * 200)
     assert measures.spent(run, "convergence", "epoch", [9]) == [1]
-    assert measures.spent(run, "sustained", "epoch", [9, 8.9, 0, 10]).tolist() == [25, 24, 7, math.inf]
-    assert measures.spent(run, "sustained", "env_steps", [9]) == [2500]
+    assert measures.spent(run, "sustained", "epoch", [9, 8.9, 0, 10]).tolist() == [97, 96, 7, math.inf]
+    assert measures.spent(run, "sustained", "env_steps", [9]) == [9700]
+
+
+def test_a_run_is_not_sustained_before_it_has_converged():
+    """0 to epoch 150, then 10: the smoothed return is 0.1 · 10 = 1 at epoch 151. A mean of 100 epochs that holds 10
+    of the later ones is 1 too, and the one from epoch 61 on does."""
+    run = logged([0] * 150 + [10] * 100)
+    for criterion in measures.CRITERIA:
+        assert measures.spent(run, criterion, "epoch", [0.9]) == [151]
 
 
 def test_what_does_not_stay_over_the_threshold_until_the_end_is_not_sustained():
-    """One epoch at 0 of 20 makes the last mean 9.5."""
-    run = logged([10] * 59 + [0])
-    assert measures.spent(run, "sustained", "epoch", [9.4, 9.6]).tolist() == [1, math.inf]
-    assert measures.spent(run, "convergence", "epoch", [9.6]) == [1]
+    """One epoch at 0 of 100 makes the last mean 9.9."""
+    run = logged([10] * 299 + [0])
+    assert measures.spent(run, "sustained", "epoch", [9.8, 9.95]).tolist() == [1, math.inf]
+    assert measures.spent(run, "convergence", "epoch", [9.95]) == [1]
 
 
-def test_of_fewer_than_20_epochs_and_of_failed_runs_none_is_sustained():
-    assert measures.spent(logged([10] * 19), "sustained", "epoch", [9]) == [math.inf]
-    assert measures.spent(logged([10] * 20), "sustained", "epoch", [9]) == [1]
+def test_a_plateau_just_below_the_threshold_is_rarely_sustained():
+    """1 below it, noise of 5: the last mean of 100 epochs is over it with probability Φ(-1 / (5 / √100)) = 0.023;
+    one of 20 would be with Φ(-1 / (5 / √20)) = 0.19."""
+    rng = np.random.default_rng(1)
+    plateaus = [logged(-1 + 5 * rng.normal(size=200)) for _ in range(2000)]
+    found = np.concatenate([measures.spent(run, "sustained", "epoch", [0]) for run in plateaus])
+    expected = NormalDist().cdf(-1 / (5 / math.sqrt(100)))
+    assert np.isfinite(found).mean() == pytest.approx(expected, abs=4 * math.sqrt(expected / 2000))
+
+
+def test_of_fewer_than_100_epochs_and_of_failed_runs_none_is_sustained():
+    assert measures.spent(logged([10] * 99), "sustained", "epoch", [9]) == [math.inf]
+    assert measures.spent(logged([10] * 100), "sustained", "epoch", [9]) == [1]
     for criterion in measures.CRITERIA:
-        assert measures.spent(logged([10] * 20, failed=True), criterion, "epoch", [9]) == [math.inf]
+        assert measures.spent(logged([10] * 100, failed=True), criterion, "epoch", [9]) == [math.inf]
     assert measures.spent(logged([math.nan] * 20), "convergence", "epoch", [9]) == [math.inf]
 
 

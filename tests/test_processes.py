@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bench import torture
-from checkpoints import Run
 from harness import processes, sampling
+from harness.checkpoints import Run
+from harness.processes import share_out
 from harness.sampling import Workers
-from run import share_out
 from tests.commands import SMALL, rows, train, wait_for
 from tests.noise import noise_itself
 

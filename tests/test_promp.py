@@ -2,15 +2,17 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
-import checkpoints
 import envs
 import policies
 import run
+from harness import checkpoints
+from harness.start import first_state
 from tests.commands import refused, rows, train
 from tests.noise import noise_of, rollout_of, tasks_of
 from tests.test_policies import HEADS, K, M, S, example
@@ -65,7 +67,7 @@ def test_losses_and_gradients_of_drawn_trajectories_are_those_of_loops(name, cli
     theta, old, batch = example(head, critic=False)
     drawn = policies.as_drawn(old, batch, head, "pg", **OPTIONS)
     leaves, params = moved(theta)
-    loss = policies.pg(params, drawn, head, estimator="lvc", clip=clip, **OPTIONS)
+    loss = policies.loss(params, drawn, head, "pg", estimator="lvc", clip=clip, **OPTIONS)
     to_go = policies.discounted_sums(batch["rewards"], 0.9)
     old = {key: p.detach() for key, p in old.items()}
     expected, divergence = looped_ratio_loss(head, params, old, batch, policies.whiten(to_go, batch["mask"]), clip)
@@ -83,7 +85,7 @@ def test_losses_and_gradients_of_drawn_trajectories_are_those_of_loops(name, cli
             key: (p.detach() + step * d).expand(-1, M, *p.shape[2:])
             for (key, p), d in zip(leaves.items(), direction, strict=True)
         }
-        total = policies.pg(there, drawn, head, estimator="lvc", clip=clip, **OPTIONS) + 0.7 * policies.kl(
+        total = policies.loss(there, drawn, head, "pg", estimator="lvc", clip=clip, **OPTIONS) + 0.7 * policies.kl(
             there, drawn, head
         )
         return total.sum().item()
@@ -108,7 +110,7 @@ def test_clipping_by_hand():
 @pytest.mark.parametrize("clip", [None, CLIP])
 def test_under_the_policy_that_drew_them_drawn_trajectories_have_the_fresh_loss_and_no_divergence(rl, clip):
     theta, params, batch = example(HEADS["categorical"])
-    head, loss = HEADS["categorical"], policies.LOSSES[rl]
+    head, loss = HEADS["categorical"], partial(policies.loss, rl=rl)
     drawn = policies.as_drawn(params, batch, head, rl, **OPTIONS)
     fresh = loss(params, batch, head, estimator="lvc", **OPTIONS)
     again = loss(params, drawn, head, estimator="lvc", clip=clip, **OPTIONS)
@@ -136,7 +138,7 @@ def test_the_actor_critics_advantages_and_targets_are_those_of_the_critic_that_w
     errors = ((after - advantages - before).square() * mask).sum((2, 3)) / mask.sum((2, 3))
     old = {key: p.detach() for key, p in old.items()}
     expected, _ = looped_ratio_loss(head, params, old, batch, policies.whiten(advantages, mask), None)
-    got = policies.ac(params, drawn, head, estimator="lvc", **OPTIONS)
+    got = policies.loss(params, drawn, head, "ac", estimator="lvc", **OPTIONS)
     torch.testing.assert_close(got, expected + errors / 2)
 
 
@@ -145,7 +147,7 @@ def test_estimators_without_a_ratio_refuse_drawn_trajectories(estimator):
     _, params, batch = example(HEADS["categorical"])
     drawn = policies.as_drawn(params, batch, HEADS["categorical"], "pg", **OPTIONS)
     with pytest.raises(ValueError, match=f"estimator '{estimator}' has no likelihood ratio"):
-        policies.pg(params, drawn, HEADS["categorical"], estimator=estimator, **OPTIONS)
+        policies.loss(params, drawn, HEADS["categorical"], "pg", estimator=estimator, **OPTIONS)
 
 
 # --- in run.py ---
@@ -167,7 +169,7 @@ def test_an_epoch_is_promp_written_as_loops_over_outer_steps_and_tasks(tmp_path,
     settings = checkpoints.load(folder(tmp_path, algo) / "checkpoint.pt")["settings"]
     env = replace(envs.make("point"), horizon=12)
     head = policies.make_head(env.actions)
-    theta = run.first_state(settings, env)["theta"]
+    theta = first_state(settings, env)["theta"]
     phi = tasks_of(env, [1], run.TASKS, 2)
     noises = [noise_of(env, [1], run.TASKS, 2, 3, call) for call in (1, 2)]
     options = {"gamma": 0.99, "baseline": "step"}
@@ -185,12 +187,12 @@ def test_an_epoch_is_promp_written_as_loops_over_outer_steps_and_tasks(tmp_path,
             if outer_step == 0:
                 data[i].append(draw(theta, i, noises[0]))
             if not joint:
-                loss = policies.pg(theta, data[i][0], head, estimator="lvc", **options).sum()
+                loss = policies.loss(theta, data[i][0], head, "pg", estimator="lvc", **options).sum()
                 gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=algo == "maml")
                 adapted = {name: p - 0.1 * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
                 if outer_step == 0:
                     data[i].append(draw(adapted, i, noises[1]))
-            loss = policies.pg(adapted, data[i][-1], head, estimator="lvc", clip=clip, **options).sum()
+            loss = policies.loss(adapted, data[i][-1], head, "pg", estimator="lvc", clip=clip, **options).sum()
             loss = loss + 2 * policies.kl(theta, data[i][0], head).sum()
             gradients = torch.autograd.grad(loss, list(theta.values()))
             total = {name: total[name] + g for name, g in zip(theta, gradients, strict=True)}

@@ -38,7 +38,7 @@ def case(seed):
         "last_obs": torch.randn(S, M, K, D, generator=g, dtype=torch.float64),
         "terminated": torch.rand(S, M, K, generator=g) < 0.5,
     }
-    return rng, theta, batch, partial(policies.LOSSES[rl], head=head, **options), learner
+    return rng, theta, batch, partial(policies.loss, head=head, rl=rl, **options), learner
 
 
 def meta_gradient(theta, batch, loss, learner, alpha=0.1):

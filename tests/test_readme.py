@@ -1,122 +1,131 @@
-"""The README's commands and programs, as they stand but for shorter trainings."""
+"""README.md and docs/: programs and commands run as they stand, but for shorter trainings, and links lead somewhere."""
 
-import os
 import re
 import shlex
+import sys
 
 import pytest
 import torch
 from torch.func import functional_call, vmap
 
-import report
 import run
 from harness import settings
-from maml import maml
+from maml import expand, maml
+from results import fill
 from tests.commands import REPOSITORY, SMALL
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-SHORT = [*SMALL[: SMALL.index("--workers")], "--epochs", "2"]
-
-
-def section(heading):
-    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-
-
-def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted(REPOSITORY.glob("docs/*.md"))]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+SHORT = [*SMALL[: SMALL.index("--workers")], "--epochs"]
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def commands(text):
-    """The words after `python run.py` of every line that holds it."""
-    return [shlex.split(line, comments=True) for line in re.findall(r"python run\.py (.*)", text)]
+    """The words after `run.py` of every command, which end with the line or a quote; --help is none."""
+    text = text.replace("\\\n", " ").replace("$SLURM_ARRAY_TASK_ID", "3")
+    return [
+        shlex.split(words, comments=True)
+        for words in re.findall(r"run\.py (--(?!help).*?)(?:[`']|$)", text, re.MULTILINE)
+    ]
+
+
+def shortened(words):
+    """The command with a training of 2 epochs, or of 3 where it continues one."""
+    if "--watch" in words:
+        return words
+    return [*words, *SHORT, "3" if "--resume" in words else "2"]
 
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory):
-    """A new folder in which the first screen's command ran, then those of Use, in order and from there."""
-    folder, before = tmp_path_factory.mktemp("used"), os.getcwd()
-    os.chdir(folder)
-    try:
-        for words in commands("\n".join(blocks(README, "sh")[:1]) + blocks(section("Use"), "sh")[0]):
-            if "--resume" in words:  # to more epochs than before
-                words = [*words, *SHORT[:-1], "3"]
-            elif "--watch" not in words:
-                words = [*words, *SHORT]
-            run.main(words)
-    finally:
-        os.chdir(before)
-    return folder
+    """(folder, names): the README's blocks have run there in order, those in Python in one session with these names.
 
-
-def test_the_commands_of_use_run_in_order(used, capsys):
-    runs = {str(path.parent.relative_to(used)) for path in used.rglob("checkpoint.pt")}
-    assert "runs/cartpole-pg/directed-fomaml/delta0.005/seed1" in runs
-    of_delta = {f"directed-maml/delta{delta}" for delta in ("0", "0.001", "0.005", "0.01")}
-    assert {f"runs/cartpole-pg/{x}/seed{seed}" for x in ("maml", *of_delta) for seed in range(1, 6)} < runs
-    epochs = torch.load(used / "runs/cartpole-pg/directed-maml/delta0.005/seed5/checkpoint.pt")["epoch"]
-    assert epochs == 3  # resumed
-    assert (used / "runs/Pendulum-v1-pg/fomaml/seed1/eval.csv").exists()
-    assert (used / "runs/cartpole-pg/maml/seed1/watch-12.gif").exists()
-    assert (used / "runs/cartpole-pg/report.md").exists()
-    report.main([str(used / "runs/cartpole-pg")])
-
-
-def test_a_trained_run_is_used_as_the_readme_says(used, monkeypatch):
-    monkeypatch.chdir(used)
-    [program] = blocks(section("Use a trained run"), "python")
-    T = 5
-    observations, actions, rewards = torch.zeros(T, 4).numpy(), [0, 1, 0, 1, 1], [1.0] * T
-    names = {"observation": [0.0] * 4, "observations": observations, "actions": actions, "rewards": rewards}
-    exec(program.replace(", ...]]", "] * 3]"), names)
-    assert names["action"] in (0, 1) and names["policy"].theta.keys() == names["run"].theta.keys()
-
-
-def test_the_words_of_every_command_are_right():
-    text = re.sub(r"\\\n *| *(?<=seed)\n", " ", README).replace("$SLURM_ARRAY_TASK_ID", "3")  # lines that go on
-    lines = re.findall(r"run\.py (--.*?)[`'#\n]", text)
-    assert len(lines) >= 9
-    for line in lines:
-        settings.parse(line.split())
-
-
-# --- your own module ---
-
-
-def own_module():
-    """The program of the README with a module, in two parts: what stands before its training, and the training."""
-    [program] = [x for x in blocks(section("The modules"), "python") if "functional_call" in x]
-    before, loop, after = program.partition("for epoch in range(3000):")
-    return before, loop.replace("3000", "100") + after
-
-
-def test_a_module_of_your_own_learns_to_adapt():
+    The tests that use it run there too.
+    """
+    folder, names = tmp_path_factory.mktemp("used"), {}
     torch.manual_seed(0)
-    before, training = own_module()
-    names = {}
-    exec(before + training, names)
-    theta, adapted, loss = (names[x] for x in ("theta", "adapted", "new_loss"))
-    assert loss(adapted).mean() < 0.9 * loss(names["expand"](theta, 500)).mean()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        for language, block in FENCED.findall(TEXTS[README]):
+            if language == "sh":
+                for words in commands(block):
+                    run.main(shortened(words))
+            elif block.startswith("# mine.py"):
+                (folder / "mine.py").write_text(block, encoding="utf-8")
+            else:
+                assert language == "python"
+                exec(block.replace("range(3000)", "range(100)"), names)
+        yield folder, names
+    sys.modules.pop("mine", None)
+
+
+# --- the README from top to bottom ---
+
+
+def test_its_commands_run_in_order(used):
+    folder, _ = used
+    runs = {str(path.parent.relative_to(folder / "runs")) for path in folder.rglob("checkpoint.pt")}
+    of_delta = {f"directed-maml/delta{delta}" for delta in ("0", "0.001", "0.005", "0.01")}
+    swept = {f"cartpole-pg/{algo}/seed{seed}" for algo in ("maml", *of_delta) for seed in range(1, 6)}
+    single = {f"{env}-pg/fomaml/seed1" for env in ("Pendulum-v1", "mine-Pole-v0")}
+    assert runs == {"cartpole-pg/directed-fomaml/delta0.005/seed1"} | swept | single
+    resumed = folder / "runs/cartpole-pg/directed-maml/delta0.005/seed5/log.csv"
+    assert len(resumed.read_text().splitlines()) == 1 + 3  # the header and three epochs
+    for path in ("maml/seed1/watch-12.gif", "report.md", "maml/seed1/eval.csv"):
+        assert (folder / "runs/cartpole-pg" / path).exists()
+
+
+def test_a_trained_run_adapts_and_acts_as_it_says(used):
+    _, names = used
+    observations, actions, rewards = names["play"](names["policy"])
+    assert set(actions) <= {0, 1} and len(actions) == len(rewards) and len(observations) - len(rewards) in (0, 1)
+    before, after = names["run"].theta, names["policy"].theta
+    assert before.keys() == after.keys() and any(not before[name].equal(after[name]) for name in before)
+    [line] = re.findall(r'load\(".*?", trusted_env=".*?"\)', TEXTS[README])  # of the environment of one's own
+    assert eval(line, names).settings["env"] == "mine:Pole-v0"
+
+
+def test_its_module_learns_to_adapt(used):
+    _, names = used
+    theta, adapted, loss = (names[name] for name in ("theta", "adapted", "new_loss"))
+    assert loss(adapted).mean() < 0.9 * loss(expand(theta, 500)).mean()
     x = torch.linspace(-5, 5, 7)[:, None]  # the module itself has become the one of task 7
     torch.testing.assert_close(names["model"](x), names["predict"](adapted, x.expand(1, 500, 7, 1))[0, 7])
 
 
-def batch_norm(track):
-    layer = torch.nn.BatchNorm1d(5, track_running_stats=track)
-    return torch.nn.Sequential(torch.nn.Linear(1, 5), layer, torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
-
-
-def own_gradient(model, x, **options):
-    """The meta-gradient of the loss mean(output²) on support and query sets x (2, M, K, 1), as in the README."""
+def test_its_loop_over_tasks_is_the_double_vmap_and_takes_an_lstm(used):
+    _, names = used
+    [line] = re.findall(r"`(torch\.stack.*)`", TEXTS[README])
+    x = torch.randn(1, 500, 4, 1)
+    looped = eval(line, names | {"params": names["adapted"], "x": x})
+    torch.testing.assert_close(looped, names["predict"](names["adapted"], x))
+    model = Recurrent().double()
     theta = {name: p.detach().clone()[None, None].requires_grad_() for name, p in model.named_parameters()}
-    predict = vmap(vmap(lambda params, x: functional_call(model, params, (x,)), **options), **options)
+    x = torch.randn(2, 3, 4, 6, 1, dtype=torch.float64)  # support and query of 3 tasks: 4 sequences of 6
     batches = iter(x)
-    maml(theta, lambda params: predict(params, next(batches)[None]).square().mean((2, 3)), 0.1, x.shape[1])
-    return {name: p.grad[0, 0] for name, p in theta.items()}
+
+    def task_loss(params):
+        outputs = eval(line, names | {"model": model, "params": params, "x": next(batches)[None]})
+        return outputs.square().mean((2, 3, 4))
+
+    maml(theta, task_loss, 0.1, 3)
+    for name, expected in gradient_by_a_loop(model, x).items():
+        torch.testing.assert_close(theta[name].grad[0, 0], expected)
 
 
-def test_a_module_with_batch_statistics_gets_the_gradient_of_a_loop_over_tasks_summed():
-    """Support, then query; each task is normalised by its own batch."""
-    model, x = batch_norm(False), torch.randn(2, 3, 6, 1, dtype=torch.float64)
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.last = torch.nn.LSTM(1, 5, batch_first=True), torch.nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.last(self.lstm(x)[0])
+
+
+def gradient_by_a_loop(model, x):
+    """Σᵢ ∇ mean(output²) at θ − 0.1 ∇ mean(output²), on support and query sets x (2, M, ...), task by task."""
     theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     total = 0.0
     for support, query in zip(*x, strict=True):
@@ -124,15 +133,94 @@ def test_a_module_with_batch_statistics_gets_the_gradient_of_a_loop_over_tasks_s
         gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
         adapted = {name: p - 0.1 * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
         total = total + functional_call(model, adapted, (query,)).square().mean()
-    expected = dict(zip(theta, torch.autograd.grad(total, list(theta.values())), strict=True))
-    torch.testing.assert_close(own_gradient(model, x), expected)
+    return dict(zip(theta, torch.autograd.grad(total, list(theta.values())), strict=True))
 
 
-def test_running_statistics_and_dropout_need_what_the_readme_says():
+# --- what docs/modules.md says of other modules ---
+
+
+def batch_norm(track):
+    layer = torch.nn.BatchNorm1d(5, track_running_stats=track)
+    return torch.nn.Sequential(torch.nn.Linear(1, 5), layer, torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+
+
+def gradient_by_vmap(model, x, **options):
+    """The same as `gradient_by_a_loop`, as in the README; options: vmap's."""
+    theta = {name: p.detach().clone()[None, None].requires_grad_() for name, p in model.named_parameters()}
+    predict = vmap(vmap(lambda params, x: functional_call(model, params, (x,)), **options), **options)
+    batches = iter(x)
+    maml(theta, lambda params: predict(params, next(batches)[None]).square().mean((2, 3)), 0.1, x.shape[1])
+    return {name: p.grad[0, 0] for name, p in theta.items()}
+
+
+def test_each_task_is_normalised_by_its_own_batch():
+    model, x = batch_norm(False), torch.randn(2, 3, 6, 1, dtype=torch.float64)
+    torch.testing.assert_close(gradient_by_vmap(model, x), gradient_by_a_loop(model, x))
+
+
+def test_running_statistics_and_dropout_need_what_it_says():
     x = torch.randn(2, 3, 6, 1, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="track_running_stats"):
-        own_gradient(batch_norm(True), x)
+        gradient_by_vmap(batch_norm(True), x)
     dropout = torch.nn.Sequential(torch.nn.Linear(1, 5), torch.nn.Dropout(), torch.nn.Linear(5, 1)).double()
     with pytest.raises(RuntimeError, match="randomness"):
-        own_gradient(dropout, x)
-    assert all(g.isfinite().all() for g in own_gradient(dropout, x, randomness="different").values())
+        gradient_by_vmap(dropout, x)
+    assert all(g.isfinite().all() for g in gradient_by_vmap(dropout, x, randomness="different").values())
+
+
+# --- all pages ---
+
+
+def test_the_readme_has_at_most_220_lines():
+    assert len(TEXTS[README].splitlines()) <= 220
+
+
+def test_its_first_line_with_pytest_is_the_command_that_sets_everything_up():
+    """.ci/run runs it as it stands."""
+    line = next(line for line in TEXTS[README].splitlines() if "pytest" in line)
+    assert line.startswith("python3 -m venv .venv && .venv/bin/pip install") and line.endswith("-m pytest -q")
+
+
+def test_no_command_makes_the_runs_of_one_above_it():
+    made = set()
+    given = [words for text in TEXTS.values() for words in commands(text)]
+    assert len(given) >= 10
+    for args in map(settings.parse, given):
+        if args.watch is None and args.report is None and not args.resume:
+            algos = [(algo, delta) for algo in args.algo for delta in args.delta or [0.005] if "directed" in algo]
+            algos += [(algo, None) for algo in args.algo if "directed" not in algo]
+            new = {(settings.folder_of_all(args), *algo, seed) for algo in algos for seed in args.seed or [1]}
+            assert not made & new
+            made |= new
+
+
+@pytest.mark.parametrize("path", [README, REPOSITORY / "docs/flags.md"], ids=lambda path: path.name)
+def test_tables_are_up_to_date(path):
+    assert fill.is_filled(path), f"run python -m results.fill {path.relative_to(REPOSITORY)}"
+
+
+def anchors(path):
+    """The ends that GitHub gives to links to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(FENCED, "", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[path]) if "://" not in link]
+    assert links or path.name == "flags.md"
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_all_modules_have_a_row_in_the_layout():
+    rows = re.findall(r"^\| `(.*?)` \|", TEXTS[REPOSITORY / "docs/layout.md"], re.MULTILINE)
+    harness = {f"harness/{path.name}" for path in REPOSITORY.glob("harness/*.py")} - {"harness/__init__.py"}
+    assert harness <= set(rows) and len(set(rows)) == len(rows)
+
+
+def test_all_pages_are_linked_from_the_readme():
+    assert all(f"(docs/{path.name}" in TEXTS[README] for path in PAGES if path != README)

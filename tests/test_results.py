@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import report
 from harness.settings import SETTINGS
 from results import check, directions, fill, steps
 
@@ -34,7 +33,7 @@ def write_summary(folder, algo, beta, delta, env_steps):
 
 
 def write_report(folder):
-    tables = report.tables(report.read_summary((folder / "summary.csv").read_text()))
+    tables = fill.report_tables(folder)
     (folder / "report.md").write_text("\n\n".join(["# Toy", *tables]) + "\n")
 
 
@@ -63,8 +62,9 @@ def page(tmp_path):
 
 
 def test_fill_writes_the_marked_table_and_nothing_else(page):
-    fill.fill(page)
-    assert page.read_text() == f"before\n\n{marker(ours='toy-pg/maml')}\n\n{TABLE}\nafter\n"
+    for _ in range(2):
+        fill.fill(page)
+        assert page.read_text() == f"before\n\n{marker(ours='toy-pg/maml')}\n\n{TABLE}\nafter\n"
 
 
 def test_every_flag_is_in_the_flag_table_once_in_the_group_that_help_shows(page):
@@ -75,6 +75,14 @@ def test_every_flag_is_in_the_flag_table_once_in_the_group_that_help_shows(page)
     expected = [[f"**{title}**", *(f"`{s.flag}`" for s in settings)] for title, settings in SETTINGS.items()]
     assert shown == sum(expected, [])
     assert all(row.count(" | ") == 2 and "None" not in row for row in rows)
+    assert fill.is_filled(page)
+
+
+def test_some_flags_have_a_table_of_their_own_in_the_order_of_the_comment(page):
+    page.write_text("<!-- flags inner-steps alpha -->\nafter\n")
+    fill.fill(page)
+    _, _, _, _, *rows, _, after = page.read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows] == ["| `--inner-steps`", "| `--alpha`"] and after == "after"
     assert fill.is_filled(page)
 
 
@@ -94,15 +102,6 @@ def test_a_comment_without_a_table_gets_one_and_two_in_a_page_stay_apart(page):
     page.write_text(f"{marker(ours='toy-pg/maml')}\n{marker(ours='toy-pg/maml')}\nafter\n")
     fill.fill(page)
     assert page.read_text() == 2 * f"{marker(ours='toy-pg/maml')}\n\n{TABLE}\n" + "after\n"
-
-
-def test_a_filled_page_is_filled_and_stays_the_same(page):
-    assert not fill.is_filled(page)
-    fill.fill(page)
-    text = page.read_text()
-    assert fill.is_filled(page)
-    fill.fill(page)
-    assert page.read_text() == text
 
 
 def test_the_command_fills_several_pages(page):
@@ -133,6 +132,7 @@ def test_check_names_each_outdated_page_and_writes_nothing(page, capsys):
         (marker(ours="toy-pg/unknown"), "toy-pg/summary.csv has no label 'unknown'; it has maml"),
         (marker(ours="nowhere/maml"), "nowhere"),
         ('<!-- report {"columns": ["speed"], "lines": {"ours": "toy-pg/maml"}} -->', "unknown column 'speed'"),
+        ("<!-- flags alhpa -->", "unknown flag 'alhpa'"),
         ('<!-- report {"columns": [] -->', "expected"),
         ('<!-- report {"columns": []} -->', "expected"),
     ],

@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import measures
 import policies
 import run
-from checkpoints import TABLES, Run
-from harness import optimizers, settings
+from harness import measures, optimizers, settings
+from harness.checkpoints import TABLES, Run
 from harness.settings import ALL_SETTINGS, algorithms
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 
@@ -127,21 +126,21 @@ FLAGS = [
     (["--beta-alpha", "0.1"], "--beta-alpha does nothing without an algorithm whose α is learned"),
     (["--gae-lambda", "0.9"], "--gae-lambda does nothing without --rl ac"),
     (["--phi", "12"], "--phi does nothing without --watch RUN"),
-    (["--param", "gravity"], "--param gravity: cartpole has its own φ; leave --param out"),
+    (["--param", "gravity"], "--param gravity: cartpole has its own φ; leave it out"),
     (
         ["--env", "Pendulum-v1", *PENDULUM, "--algo", "directed-maml", "--delta-schedule", "converged"],
         "--delta-schedule converged: give the return that counts as converged, --threshold",
     ),
     # environments
     (["--env", "carpole"], "--env carpole: unknown environment; did you mean cartpole?"),
-    (["--env", "qqqq"], "--env qqqq: unknown environment; choose from cartpole, lunarlander"),
-    (["--env", ""], "--env : unknown environment; choose from cartpole"),
+    (["--env", "qqqq"], "--env qqqq: unknown environment; choose from cartpole, crossing"),
+    (["--env", ""], "--env: unknown environment; choose from cartpole"),
     (["--env", "../../x"], "--env ../../x: unknown environment; choose from cartpole"),
     (["--env", "no_such_module:Env-v0"], "--env no_such_module:Env-v0: gymnasium cannot make it: ModuleNotFoundError"),
     (["--env", "..:Env-v0"], "--env ..:Env-v0: gymnasium cannot make it"),
     (["--env", "LunarLander-v2"], "--env LunarLander-v2: "),
-    (["--env", "Pendulum-v1"], "--env Pendulum-v1: say which parameter is φ with --param, one of: "),
-    (["--env", "Pendulum-v1", "--param", "g"], "--env Pendulum-v1: give the range of g, e.g. --range 5 15"),
+    (["--env", "Pendulum-v1"], "--param: say which parameter of Pendulum-v1 is φ, one of: "),
+    (["--env", "Pendulum-v1", "--param", "g"], "--range: give LOW HIGH for g of Pendulum-v1, e.g. 5 15"),
     (["--env", "Pendulum-v1", "--param", "gg", "--range", "5", "15"], "--param gg: Pendulum-v1 has no such number"),
     (["--env", "Pendulum-v1", "--param", "step", "--range", "5", "15"], "--param step: Pendulum-v1 has no such number"),
     (["--env", "Pendulum-v1", "--param", "g", "g", "--range", *"1212"], "--param g g: duplicate attribute"),
@@ -456,11 +455,12 @@ def test_a_run_that_explodes_fails_alone_and_is_counted_before_and_after_resumin
 def test_a_loss_that_is_not_finite_stops_its_run_though_the_parameters_are(tmp_path, capsys, monkeypatch):
     """An infinite loss of run 2 alone, whose gradient is zero."""
 
-    def pg(params, trajectories, **options):
-        loss = policies.pg(params, trajectories, **options)
+    def loss(params, trajectories, **options):
+        loss = shipped(params, trajectories, **options)
         return loss + torch.tensor([0.0, float("inf")])[:, None] if len(loss) == 2 else loss
 
-    monkeypatch.setitem(policies.LOSSES, "pg", pg)
+    shipped = policies.loss
+    monkeypatch.setattr(policies, "loss", loss)
     with pytest.raises(SystemExit):
         train(tmp_path, "--seed", 1, 2, "--workers", 1, epochs=1)
     error = capsys.readouterr().err

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from bench import torture
-from envs import make, rollout
+from envs import rollout
 from harness import sampling
+from harness.checkpoints import RunError
+from harness.gyms import make
 from harness.processes import ProcessError
 from harness.sampling import Workers
 from tests.commands import train
@@ -71,14 +73,14 @@ def test_what_fails_in_a_worker_is_said_here_and_it_serves_on(pendulum):
     env, phi, noise = pendulum
     with Workers(env, noise_or_failure, 2) as workers:
         says = "the environment failed in a sampling worker: FloatingPointError: no such luck"
-        with pytest.raises(ProcessError, match=says):
+        with pytest.raises(RunError, match=says):
             workers.rollout({"w": torch.zeros(1)}, phi, noise)
         assert same(workers.rollout({}, phi, noise), rollout(env, noise_itself({}), phi, noise))
 
 
 def test_what_fails_in_this_process_is_said_the_same_way(pendulum):
     env, phi, noise = pendulum
-    with pytest.raises(ProcessError, match="the environment failed: FloatingPointError: no such luck"):
+    with pytest.raises(RunError, match="the environment failed: FloatingPointError: no such luck"):
         sampling.rollout_of_stranger(env, noise_or_failure, {"w": torch.zeros(1)}, phi, noise)
 
 

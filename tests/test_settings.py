@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import run
-import trained
-from checkpoints import RunError
+from harness import checkpoints, trained
+from harness.checkpoints import RunError
 from harness.settings import ALL_SETTINGS, DIRECTED, SETTINGS, applies, make_env, parse, plan
 from maml import LEARNERS
 from tests.commands import refused, rows, train
@@ -29,7 +29,8 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
         for setting, entry in zip(settings, entries, strict=True):
             assert setting.text in entry
             assert (f"e.g. {setting.flag} {setting.example}" in entry) == (setting.type is not bool)
-            always_given = setting.name in ("env", "algo", "param", "values", "watch", "like") or setting.type is bool
+            required = ("env", "algo", "param", "values", "watch", "report", "like")
+            always_given = setting.name in required or setting.type is bool
             assert ("(default " in entry) != always_given, entry
 
 
@@ -48,7 +49,7 @@ def test_the_examples_of_help_are_accepted():
             if key != name
             for word in ("--" + key.replace("_", "-"), *value.split())
         ]
-        if setting.type is not bool and name != "like":  # which must exist
+        if setting.type is not bool and name not in ("like", "report"):  # what must exist; what stands alone
             parse([*words, setting.flag, *setting.example.split()])
 
 
@@ -156,7 +157,7 @@ def test_a_run_from_before_a_flag_existed_has_its_default(tmp_path, capsys):
     state = torch.load(path)
     for name in ("optimizer", "oracle", "clip", "gae_lambda", "baseline", "delta_schedule", "rho"):
         del state["settings"][name]
-    torch.save(state, path)
+    path.write_bytes(checkpoints.packed(state))
     line = refused(capsys, tmp_path, *words, "--resume", "--optimizer", "adam", algo="directed-maml")
     assert "began with optimizer sgd, this command says adam; give --optimizer as before" in line
     train(tmp_path, *words, "--resume", "--optimizer", "sgd", algo="directed-maml", epochs=2)
@@ -170,6 +171,7 @@ TWICE, EVALUATED = ["--outer-steps", "2"], ["--eval-every", "1"]
 OTHER = {
     "env": ([], ["velocity"]),
     "param": (["--env", "Pendulum-v1", "--range", "1", "2", "--param", "g"], ["l"]),
+    "make": (["--env", "Pendulum-v1", "--range", "1", "2", "--param", "l"], ["g=5"]),
     "range": ([], ["-1", "0", "-1", "1"]),
     "values": ([], ["0", "0", "0.1", "0.1"]),
     "task_dist": ([], ["skewed"]),
