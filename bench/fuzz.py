@@ -53,15 +53,8 @@ HUGE = [  # more than the machine has: of bits, of memory (refused before any of
     ["--hidden", "100000", "1000000000"],
     ["--device", "cuda"],
 ]
-FOLDERS = (
-    "out",
-    "watch",
-    "report",
-    "like",
-    "resume",
-    "overwrite",
-    "debug",  # whose tracebacks are lines of their own
-)  # chosen by `fuzz` itself
+# Chosen by `fuzz` itself, or never: --debug adds a traceback to the line.
+FOLDERS = ("out", "watch", "report", "like", "resume", "overwrite", "debug")
 SMALL = {"tasks": "2", "trajectories": "2", "horizon": "3", "hidden": "3", "epochs": "1", "eval_steps": "1"}
 SMALL |= {"workers": "0", "inner_steps": "1"}
 
