@@ -30,7 +30,7 @@ def planned(algo, *words):
 
 
 def sign_maml(theta, task_loss, alpha, num_tasks, inner_steps=1, shrink=None):
-    """The signs of MAML's meta-gradient (Fan et al. 2021), times a setting of its own."""
+    """The signs of MAML's meta-gradient, times a setting of its own."""
     maml.maml(theta, task_loss, alpha, num_tasks, inner_steps)
     for p in theta.values():
         p.grad = p.grad.sign() * maml.of_each_run(shrink, p)
@@ -58,7 +58,7 @@ def test_an_added_learner_is_listed_and_its_row_decides_what_is_refused(tmp_path
 
 
 @pytest.mark.parametrize("algo", ["sign-maml", "directed-sign-maml"])
-def test_an_added_learner_trains_resumes_evaluates_and_is_loaded(tmp_path, added, algo):
+def test_an_added_learner_trains_resumes_evaluates_is_loaded_and_reported(tmp_path, added, algo):
     words = ["--shrink", 0.5, "--delta", 0] if algo.startswith("directed") else ["--shrink", 0.5]
     train(tmp_path / "straight", *words, env="point", algo=algo, epochs=2)
     train(tmp_path / "stopped", *words, env="point", algo=algo, epochs=1)
@@ -72,6 +72,7 @@ def test_an_added_learner_trains_resumes_evaluates_and_is_loaded(tmp_path, added
     assert {row["step"] for row in rows(first / "eval.csv")} == {"0", "1"}
     adapted = trained.load(first).adapt(phi=[0.3, 0.3])
     assert not torch.equal(adapted.theta["policy.0.weight"], state(first)["theta"]["policy.0.weight"])
+    assert f"| {algo}" in (tmp_path / "stopped/point-pg/report.md").read_text()
 
 
 # --- settings ---
