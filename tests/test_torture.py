@@ -2,17 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 import run
-from bench import fuzz, torture
+from bench import fuzz
 from harness.settings import ALL_SETTINGS
-
-
-def test_random_command_lines_train_or_end_in_one_clear_line():
-    result = fuzz.fuzz(count=100, seed=0)
-    assert not result.findings, result.findings[0]
-    assert min(result.outcomes["trained"], result.outcomes["refused"]) > 25
 
 
 def test_a_traceback_a_second_line_and_a_refused_right_line_are_found():
@@ -46,16 +38,3 @@ def test_processes_of_several_threads_train_networks_large_enough_to_use_them(tm
     words += [word for name, value in fuzz.SMALL.items() if name not in ("hidden", "workers")
               for word in (ALL_SETTINGS[name].flag, value)]  # fmt: skip
     assert start(*words, out=tmp_path).wait() == (0, [])
-
-
-def test_bits_are_compared_for_random_sizes_and_a_difference_is_found(capsys, monkeypatch):
-    torture.report_bits(count=5, seed=0)
-    assert capsys.readouterr().out.splitlines()[-1] == "5 commands, 0 with other bits alone than in a sweep"
-    train = run.main
-
-    def train_otherwise_alone(argv):
-        train([*argv, *(["--beta", "0.01"] if argv[argv.index("--seed") + 1] == "2" else [])])
-
-    monkeypatch.setattr(run, "main", train_otherwise_alone)
-    with pytest.raises(SystemExit):
-        torture.report_bits(count=1, seed=0)
