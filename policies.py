@@ -9,6 +9,8 @@ torch and numpy. Trajectories, as `envs.rollout` returns them, are a dict with
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy
@@ -371,9 +373,15 @@ def gae(rewards, values, next_values, mask, gamma, gae_lambda):
     return discounted_sums((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
-# --rl: the estimates (trajectories, values, gamma, gae_lambda) -> advantages, and the targets of a critic if it has one
-LOSSES = {"pg": pg, "ac": ac}
-CRITIC = ("ac",)  # those that have one
+@dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES."""
+
+    estimates: Callable  # (trajectories, values, gamma, gae_lambda) -> advantages, and a critic's targets
+    critic: bool = False  # whether it has V(s), the MLP `critic`
+
+
+LOSSES = {"pg": Loss(pg), "ac": Loss(ac, critic=True)}  # by --rl
 
 
 def loss(
@@ -386,7 +394,7 @@ def loss(
     `as_drawn`: the likelihood-ratio loss, with the advantages and targets of that time.
     """
     mask = trajectories["mask"]
-    values = state_values(params, trajectories) if rl in CRITIC else None
+    values = state_values(params, trajectories) if LOSSES[rl].critic else None
     drawn = trajectories.get("drawn") or estimates(
         params, trajectories, values, rl, gamma, baseline, gae_lambda, advantages
     )
@@ -409,7 +417,7 @@ def estimates(params, trajectories, values, rl, gamma, baseline, gae_lambda, adv
     if values is not None:
         last_values = mlp(params, "critic")(trajectories["last_obs"].flatten(0, 1))
         values = values.detach(), last_values.view(values.shape[:3])
-    found = LOSSES[rl](trajectories, values, gamma, gae_lambda)
+    found = LOSSES[rl].estimates(trajectories, values, gamma, gae_lambda)
     return found | {"advantages": weigh(found["advantages"], trajectories, advantages, baseline, gamma)}
 
 
@@ -422,7 +430,7 @@ def as_drawn(params, trajectories, head, rl, gamma, baseline="task", gae_lambda=
 
     Its log π and π itself, the advantages, and the targets of an actor-critic.
     """
-    values = state_values(params, trajectories) if rl in CRITIC else None
+    values = state_values(params, trajectories) if LOSSES[rl].critic else None
     kept = {
         "log_probs": log_probs(params, trajectories, head),
         "policy": head.distribution(params, policy_outputs(params, trajectories)),

@@ -29,7 +29,7 @@ def first_state(settings, env):
     def uniform(*shape):
         return torch.from_numpy(envs.uniform(stream, next(calls), range(1), shape))
 
-    head, critic = policies.make_head(env.actions), settings["rl"] in policies.CRITIC
+    head, critic = policies.make_head(env.actions), policies.LOSSES[settings["rl"]].critic
     theta = policies.init(env.obs_dim, head, uniform, settings["hidden"], critic)
     learner, alpha = learner_of(settings["algo"]), {}
     if learner.learns_alpha:
