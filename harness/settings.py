@@ -151,7 +151,7 @@ SHARP = Need(
     lambda args, algo: learner_of(algo).sharp,
 )
 ADAPTING = Need("--inner-steps 1 or more", lambda args, algo: args.inner_steps != 0)
-ACTOR_CRITIC = Need("--rl ac", lambda args, algo: policies.LOSSES[args.rl or "pg"].critic)
+ACTOR_CRITIC = Need("--rl ac", lambda args, algo: args.rl in policies.LOSSES and policies.LOSSES[args.rl].critic)
 WHITENED = Need("--advantages whitened", lambda args, algo: args.advantages != "raw")
 WATCH = Need("--watch RUN", lambda args, algo: args.watch is not None)
 SOLVING = Need("--cg-steps 1 or more", lambda args, algo: args.cg_steps != 0)
