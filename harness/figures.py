@@ -109,7 +109,8 @@ def over_seeds(labels):
 
 
 def finish(figure, axes, labels, said, thresholds=""):
-    """Title and legend, in as many lines and columns as fit into the figure's width."""
+    """Title and legend, in as many lines and columns as fit into the figure's width. thresholds:
+    the returns that are dotted lines."""
     said = f"{title(labels)}: {said}{over_seeds(labels)}"
     if thresholds:
         said += f"; dotted: convergence, {thresholds}"

@@ -1,5 +1,4 @@
-"""The run folders of one experiment -> report.md, its figures, and the numbers behind both:
-summary.csv and curves.csv.
+"""The run folders of one experiment -> report.md, summary.csv and, by figures.py, the figures.
 
 run.py writes all this after training, and `run.py --report FOLDER` rewrites it. What its numbers
 and intervals are: measures.py; which runs it reads, and how it groups them into lines: runs.py.
@@ -82,8 +81,7 @@ def summarise(run, env_steps):
 
 
 def held_out_returns(run):
-    """Mean returns over the held-out tasks inside Φ, and outside, by inner steps; NaN where there
-    are none."""
+    """Mean returns over the held-out tasks inside and outside Φ by inner steps; NaN of no tasks."""
     row = {}
     if run.evaluation:
         inside = inside_phi(run)
@@ -147,8 +145,8 @@ def epoch_cells(runs):
 
 
 def convergence_cells(label, labels, criterion):
-    """How many runs converge by a criterion, what that takes, and, seed by seed, how many times as
-    much it takes the counterpart; – for a criterion that an older summary does not have."""
+    """How many runs converge by a criterion, what that takes, and how many times as much it takes
+    the counterpart, seed by seed; – for a criterion that an older summary does not have."""
     ours, theirs = labels[label], labels.get(counterpart_of(label, labels), {})
     heading, suffix = criterion, f", {criterion}"
     if criterion == "convergence":
@@ -223,8 +221,7 @@ def speed_up(theirs, ours):
 
 
 def improvement(ours, theirs):
-    """The probability that a run of ours needs less than one of theirs, with its interval; – for
-    single runs."""
+    """P(a run of ours needs less than one of theirs), with its interval; – for single runs."""
     if min(len(ours), len(theirs)) < 2:
         return "–"
     p, low, high = measures.probability_interval(ours, theirs)
@@ -378,8 +375,7 @@ def write(root):
 
 
 def rewrite(folders):
-    """What --report does: rewrite the reports of these folders, and print what was written and
-    left out."""
+    """What --report does: write these folders' reports, and print what was written and left out."""
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"--report {folder}: there is no such folder", 2)

@@ -55,7 +55,7 @@ class LoggedRun:
         self.settings = {name: value for name, value in values.items() if value is not None}
         self.own = own_settings(self.settings, self.algo)
         self.besides_delta = {x: value for x, value in self.own.items() if x not in DELTA_STEP}
-        self.line = json.dumps([self.algo, self.own], sort_keys=True)  # that of all runs of a line
+        self.line = json.dumps([self.algo, self.own])  # that of all runs of a line
 
 
 # --- settings ---
@@ -132,10 +132,11 @@ def sorting_key(value):
 def counterpart(run, labels):
     """The label of the undirected runs, or else those with δ = 0, that differ from this one in
     nothing but the δ-step; "" where there are none."""
-    if not run.directed or not run.settings.get("delta"):
+    if not run.settings.get("delta"):
         return ""
     alike = {}  # {(algorithm, δ): label}
-    for label, [other, *_] in labels.items():
+    for label, line in labels.items():
+        other = line[0]
         if other.besides_delta == run.besides_delta:
             alike.setdefault((other.algo, other.settings.get("delta")), label)
     return alike.get((run.base, None)) or alike.get((run.algo, 0), "")
@@ -247,7 +248,7 @@ def is_of(kind, value):
 def cleaned(x):
     """JSON with printable texts. Raises ValueError for long ones, and for numbers that overflow."""
     if isinstance(x, dict):
-        return {cleaned(key): cleaned(value) for key, value in x.items()}
+        return {key: cleaned(value) for key, value in x.items()}
     if isinstance(x, list):
         return [cleaned(value) for value in x]
     if isinstance(x, str) and len(x) > LONGEST:
@@ -258,8 +259,7 @@ def cleaned(x):
 
 
 def parse_rows(text):
-    """The rows of a CSV file as dicts. The last one may be half there: another process writes it,
-    or was killed."""
+    """The rows of a CSV file as dicts, without half a row at the end, written just now or never."""
     whole = text[: text.rfind("\n") + 1]
     rows = list(csv.DictReader(whole.splitlines()))
     if any(None in row or None in row.values() for row in rows):  # longer or shorter
@@ -293,8 +293,7 @@ def parse_log(text):
 
 
 def parse_evaluation(text, config):
-    """The last complete evaluation, or None. Its rows are each task's returns after 0, 1, ..
-    steps, task by task."""
+    """The last complete evaluation, or None; rows are task by task, each after 0, 1, .. steps."""
     steps = config["eval_steps"] + 1
     by_epoch = {}
     for row in parse_rows(text):

@@ -1,7 +1,5 @@
 """Numbers and names as tables, figures and messages show them."""
 
-import math
-
 
 def printable(text):
     """The text on one line: line breaks, control characters and such become backslash escapes."""
@@ -19,7 +17,7 @@ def setting_text(value):
 
 def thousands(x):
     """Three digits, with k or M."""
-    if math.isinf(x):
+    if x == float("inf"):
         return "∞"
     x = float(f"{x:.3g}")
     if abs(x) >= 1e6:
