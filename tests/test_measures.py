@@ -101,6 +101,7 @@ def test_runs_that_never_converge_count_as_infinite():
     assert measures.median_interval([1, 2, *[inf] * 8], positive=True) == (inf, 2, inf)
     assert measures.median_interval([*[1] * 8, inf, inf], positive=True) == (1, 1, inf)
     assert report.with_interval([60, 70, 80, 90, inf], positive=True) == "80 [60, never]"
+    assert report.with_interval([inf]) == "inf"  # a return
 
 
 def test_ratios_are_paired_by_seed():

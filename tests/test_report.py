@@ -1,7 +1,11 @@
 """report.md, summary.csv and curves.csv of run folders written by hand."""
 
 import csv
+from contextlib import ExitStack
+from threading import Timer
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import run
@@ -14,13 +18,15 @@ SPEED_UP = "speed-up by δ: epochs; steps; s"
 
 @pytest.fixture
 def experiment(tmp_path):
-    """maml: over 15 at epoch 4, 4 and never; directed-maml: at epoch 2 in all three."""
+    """maml: over 15 at epoch 4, 4 and never, by 500, 500 and 2000 s an epoch; directed-maml: at
+    epoch 2 in all three."""
     root = tmp_path / "toy-pg"
     for seed in (1, 2):
-        write_run(root / "maml" / f"seed{seed}", "maml", [10.0] * 3 + [100.0] * 3)
-    write_run(root / "maml" / "seed3", "maml", [10.0] * 6)
+        write_run(root / "maml" / f"seed{seed}", "maml", [10.0] * 3 + [100.0] * 3, seconds=500)
+    write_run(root / "maml" / "seed3", "maml", [10.0] * 6, seconds=2000)
     for seed in (1, 2, 3):
-        write_run(root / "directed-maml" / f"seed{seed}", "directed-maml", [10.0] + [100.0] * 5, seconds=1.0)
+        folder = root / "directed-maml" / f"seed{seed}"
+        write_run(folder, "directed-maml", [10.0] + [100.0] * 5, seconds=1000)
     return root
 
 
@@ -46,15 +52,17 @@ def read_summary(root):
 
 
 def test_the_table_by_hand(experiment):
+    """Seconds of all epochs of maml: mean 1000, variance (2 · 500² + 1000²) / 3 = 707²."""
     report.write(experiment)
     maml, directed = cells(experiment, "maml"), cells(experiment, "directed-maml")
     assert maml["runs"] == "3" and maml["epochs trained"] == "6" and maml["converged"] == "2/3"
-    assert maml["s per epoch"] == "0.5 ± 0" and maml["s per 1000 epochs"] == "500 ± 0"
+    assert report.plus_minus(0.1, 1e-17) == "0.1 ± 0"
+    assert maml["s per epoch"] == "1k ± 707" and maml["s per 1000 epochs"] == "1M ± 707k"
     assert maml["epochs to convergence"] == "4 [0, never]"  # of three runs one is infinite
     assert directed["converged"] == "3/3"
     assert directed["epochs to convergence"] == "2 [2, 2]"
     assert directed["env steps to convergence"] == "200 [200, 200]"
-    assert directed["s to convergence"] == "2 [2, 2]"
+    assert directed["s to convergence"] == "2k [2k, 2k]"
     assert directed["final return"] == "100 [100, 100]"
     assert directed["held-out before"] == "10 [10, 10]" and directed["held-out after"] == "11 [11, 11]"
     assert directed["speed-up by δ: epochs; steps; s"] == "2× [0, ∞]; 2× [0, ∞]; 1× [0, ∞]"  # 4/2, 4/2 and never/2
@@ -68,7 +76,7 @@ def test_the_report_says_where_its_arms_had_unequal_budgets(experiment):
     said = "Arms compared: 3; epochs trained: 3 to 6, not equal; env steps trained: 300 to 600, not equal."
     assert text.count(said) == 3  # with every section
     assert "over the first 300 env" in text and "95% intervals for the median" in text
-    assert "even grid over Φ" in text
+    assert "even grid over Φ" in text and "(at most 2)" in text and "\n\n\n" not in text
 
 
 def test_no_table_is_wider_than_eight_columns_and_none_has_an_empty_one(experiment):
@@ -102,6 +110,7 @@ def test_both_criteria_and_the_area_are_in_the_summary_and_the_tables(tmp_path):
     assert maml["sustained"] == "2/2" and maml["epochs to sustained"] == "27 [27, 27]"
     assert directed["env steps to sustained"] == "1.7k [1.7k, 1.7k]"
     assert maml["area"] == "46.45 [46.45, 46.45]" and directed["area"] == "50.95 [50.95, 50.95]"
+    assert directed["spread"] == "27 [27, 27]"  # 10 of the last 100 at 10: 90 √(0.1 · 0.9)
     sustained = directed["speed-up by δ: epochs; steps; s, sustained"]
     assert sustained == "1.59× [1.59, 1.59]; 1.59× [1.59, 1.59]; 1.59× [1.59, 1.59]"  # 27/17
     assert directed["P(fewer epochs by δ, sustained)"].startswith("1.00 [")
@@ -121,6 +130,8 @@ def test_an_old_summary_shows_dashes_and_compares_the_lines_of_one_command(exper
     assert report.cells("maml", "maml", old)[SPEED_UP] == "–"
     assert report.budget(old).endswith("epochs trained: 6 each; env steps trained: not recorded.")
     assert report.tables(old)["sustained"] == ""
+    zero = {"directed-maml, δ = 0": old["maml"], "directed-maml, δ = 1": old["directed-maml"]}
+    assert report.cells("", "directed-maml, δ = 1", zero)[SPEED_UP].startswith("2×")
     old["maml"]["beta"] = [0.002] * 3
     assert report.cells("directed", "directed-maml", old)[SPEED_UP] == "–"
 
@@ -138,11 +149,13 @@ def test_the_medians_of_what_the_delta_step_does_are_shown_where_they_were_logge
     assert [cells(tmp_path, "maml")[name] for name in names] == ["–", "7", "–"]
 
 
-def test_one_run_has_no_interval(tmp_path):
+def test_one_run_has_no_interval_and_without_an_evaluation_nothing_is_said_of_one(tmp_path):
     write_run(tmp_path / "seed1", "maml", [10.0] * 3 + [100.0])
+    write_evaluation(tmp_path / "seed1", [])
     report.write(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "[" not in text and "95%" not in text and "one run for each line" in text
+    assert "## Held-out" not in text and "held-out before" not in text
     assert cells(tmp_path, "maml")["epochs to convergence"] == "4"
     assert (tmp_path / "curves.csv").read_text().splitlines()[1] == '"maml",epoch,1,10,nan,nan'
 
@@ -169,9 +182,13 @@ def test_a_run_without_a_threshold_never_converges(tmp_path):
 
 
 def test_failed_runs_are_counted_and_not_dropped(experiment):
-    write_run(experiment / "maml" / "seed4", "maml", [10.0, 100.0, 100.0], failed=True)
+    """But their returns are: the median of 100, 100, 10 is 100, with 50 it would be 75."""
+    write_run(experiment / "maml" / "seed4", "maml", [10.0, 100.0, 50.0], failed=True)
+    rows = [f"3,{task},{step},0" for task in (5, 10, 15) for step in range(3)]
+    write_evaluation(experiment / "maml" / "seed4", rows)
     report.write(experiment)
     maml = cells(experiment, "maml")
+    assert maml["final return"].startswith("100 [") and maml["held-out after"] == "11 [11, 11]"
     assert maml["runs"] == "4 (1 failed)" and maml["converged"] == "2/4" and maml["epochs trained"] == "3-6"
 
 
@@ -192,6 +209,19 @@ def test_held_out_tasks_inside_and_outside_phi_by_the_number_of_steps(tmp_path, 
     assert line["held-out before"] == line["inside Φ, 0 steps"] == "10"
     assert line["held-out after"] == line["inside Φ, 1 step"] == "20"
     assert line["outside Φ, 2 steps"] == "45"
+
+
+@pytest.mark.parametrize("settings", [{}, {"values": [0, 0, 0, 3]}])
+def test_a_task_is_inside_phi_if_all_its_components_are(settings):
+    evaluation = {"phi": np.array([[0, 0], [0, 2]])}
+    run = SimpleNamespace(evaluation=evaluation, config={"range": [-1, 1, -1, 1], **settings})
+    assert report.inside_phi(run).tolist() == [True, False]
+
+
+def test_the_final_return_is_the_mean_over_the_last_tenth(tmp_path):
+    write_run(tmp_path / "seed1", "maml", [0.0] * 18 + [10.0, 20.0])
+    report.write(tmp_path)
+    assert cells(tmp_path, "maml")["final return"] == "15"
 
 
 def test_lines_evaluated_after_different_numbers_of_steps_or_never_share_a_summary(experiment):
@@ -215,9 +245,12 @@ def test_the_tables_are_made_of_summary_csv_alone(experiment):
 
 
 def test_the_command_writes_reports_and_says_in_one_line_what_is_not_a_folder(experiment, capsys):
+    write_run(experiment / "damaged" / "seed1", "../x", [1.0])
     run.main(["--report", str(experiment), str(experiment / "maml")])
     assert cells(experiment / "maml", "maml").items() <= cells(experiment, "maml").items()
-    assert capsys.readouterr().out.splitlines()[0] == f"wrote {experiment / 'report.md'}"
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert [first, third] == [f"wrote {x / 'report.md'}" for x in (experiment, experiment / "maml")]
+    assert second.startswith(f"{experiment / 'damaged/seed1/config.json'}: cannot be read (")
     with pytest.raises(SystemExit) as stop:
         run.main(["--report", str(experiment / "x")])
     said = capsys.readouterr()
@@ -231,6 +264,24 @@ def test_the_command_refuses_flags_that_would_do_nothing(experiment, words, caps
         run.main(["--report", str(experiment), *words])
     assert stop.value.code == 2
     assert f"--report: not allowed with argument {words[0]}" in capsys.readouterr().err
+
+
+def test_a_folder_without_runs_has_no_report_and_is_named_printably(tmp_path):
+    (tmp_path / "a\x1b").mkdir()
+    said = f"{tmp_path}/a\\x1b: no run with a log, so no report"
+    assert report.write(tmp_path / "a\x1b") == ([said], [])
+    assert list(tmp_path.glob("*/*")) == []
+    write_run(tmp_path / "a\x1b" / "seed1", "maml", [1.0])
+    assert report.write(tmp_path / "a\x1b") == ([f"wrote {tmp_path}/a\\x1b/report.md"], [])
+
+
+@pytest.mark.skipif(checkpoints.fcntl is None, reason="there are no locks")
+def test_the_command_waits_for_another_report(experiment):
+    with ExitStack() as other:
+        other.enter_context(checkpoints.locked(experiment))
+        Timer(0.1, other.pop_all().close).start()
+        report.rewrite([experiment])
+    assert (experiment / "report.md").exists()
 
 
 @pytest.mark.skipif(checkpoints.fcntl is None, reason="there are no locks")

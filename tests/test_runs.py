@@ -58,8 +58,11 @@ def labels_of(*runs_of_a_folder, root):
 
 
 def test_runs_that_differ_in_a_setting_are_lines_of_their_own_in_its_order(tmp_path):
+    labels = labels_of(*(("maml", {"threshold": x}) for x in (15, 3.0)), root=tmp_path / "a")
+    assert labels == ["maml, threshold = 3", "maml, threshold = 15"]
     sizes = [{"alpha": alpha, "hidden": [64, 64]} for alpha in (0.1, 0.001, 0.01)]
-    labels = labels_of(*(("maml", x) for x in sizes), ("maml", {"alpha": 0.1, "hidden": [8]}), root=tmp_path)
+    sizes.append({"alpha": 0.1, "hidden": [8]})
+    labels = labels_of(*(("maml", x) for x in sizes), root=tmp_path / "b")
     assert labels == [
         "maml, hidden = 8, α = 0.1", "maml, hidden = 64 64, α = 0.001",
         "maml, hidden = 64 64, α = 0.01", "maml, hidden = 64 64, α = 0.1",
@@ -97,9 +100,10 @@ def test_what_all_lines_share_names_none(tmp_path):
 
 def test_what_follows_from_other_settings_names_no_line(tmp_path):
     """α's own β is α β, iMAML's λ is 1 / α, and a run without inner steps is evaluated with the default α."""
-    follows = {"beta_alpha": 1e-5, "alpha": 0.01}, {"beta_alpha": 1e-6, "alpha": 0.001}
-    labels = labels_of(*(("meta-sgd", x) for x in follows), root=tmp_path / "a")
-    assert labels == ["meta-sgd, α = 0.001", "meta-sgd, α = 0.01"]
+    for algo in ("meta-sgd", "imaml"):
+        follows = [{"alpha": x, "beta_alpha": x * 0.001, "lambda_": 1 / x} for x in (0.01, 0.001)]
+        labels = labels_of(*((algo, x) for x in follows), root=tmp_path / algo)
+        assert labels == [f"{algo}, α = 0.001", f"{algo}, α = 0.01"]
     lambdas = {"lambda_": 100, "alpha": 0.01}, {"lambda_": 5, "alpha": 0.01}
     labels = labels_of(*(("imaml", x) for x in lambdas), root=tmp_path / "b")
     assert labels == ["imaml, λ = 5", "imaml, λ = 100"]
@@ -138,8 +142,8 @@ def test_an_algorithm_that_is_not_in_the_table_stands_after_those_that_are(tmp_p
 
 def test_a_long_value_is_cut(tmp_path):
     values = {"values": list(range(1000, 2000))}
-    [label, _] = labels_of(("maml", values), ("maml", {"values": None}), root=tmp_path)
-    assert label.startswith("maml") and len(label) < 100
+    [_, label] = labels_of(("maml", values), ("maml", {"values": None}), root=tmp_path)
+    assert label.startswith("maml, values = 1000 1001 ") and len(label) < 100
 
 
 def found_counterparts(root):
@@ -170,11 +174,14 @@ def test_without_an_undirected_counterpart_the_line_with_delta_0_is_it(tmp_path)
 
 
 def test_of_an_evaluation_that_is_written_just_now_the_one_before_counts(tmp_path):
-    write_run(tmp_path / "seed1", "maml", [1.0, 2.0])
-    whole = [f"1,{task},{step},{step}" for task in (5, 10) for step in range(3)]
-    write_evaluation(tmp_path / "seed1", [*whole, "2,5,0,9", "2,5,1,9", "2,5,2,9", "2,10,0,9"])
+    write_run(tmp_path / "seed1", "maml", [1.0, 2.0, 3.0])
+    whole = [(task, step) for task in (5, 10) for step in range(3)]
+    rows = [f"1,{task},{step},9" for task, step in whole]
+    rows += [f"2,{task},{step},{step}" for task, step in whole]
+    rows += [f"3,{task},{step},9" for task, step in whole[:4]]
+    write_evaluation(tmp_path / "seed1", rows)
     [[run]] = runs.read(tmp_path)[0].values()
-    assert run.evaluation["epoch"] == 1
+    assert run.evaluation["epoch"] == 2
     np.testing.assert_array_equal(run.evaluation["phi"], [[5], [10]])
     np.testing.assert_array_equal(run.evaluation["returns"], [[0, 0], [1, 1], [2, 2]])
 
@@ -282,14 +289,16 @@ DAMAGES = {
         holding('{"env": "to'), holding("[]"), holding("3"), holding("[" * 100_000),
         holding('{"a":' * 5000), holding('{"seed": ' + "9" * 5000 + "}"),
         changed(algo="../../x"), changed(algo="=1+1"), changed(algo="_"), changed(algo=""), changed(algo=None),
+        changed(algo="a|b"), changed(phi_names="g"),
         changed(seed=10**400), changed(beta=1e300), changed(threshold=math.nan), changed(alpha=math.inf),
         changed(delta="large"), changed(threshold=[1]), changed(beta=True), changed(env="x" * 10_000),
-        changed(phi_names=[1]), changed(phi_names=[]), changed(range=[5.0]), changed(range=[5.0, "15"]),
+        changed(phi_names=[1]), changed(phi_names=[], range=[]), changed(range=[5.0]), changed(range=[5.0, "15"]),
         changed(values=["x"]), changed(values=3), changed(inner_steps=-1), changed(eval_steps=-1),
     ],
     "log.csv": [
         garbled, fifo_instead, folder_instead, endless_instead, too_large,
         holding("epoch,seconds\n1,2\n"), holding(LOG + "1,2,x,4\n"), holding(LOG + "1,2,3\n"),
+        holding("epoch,env_steps,seconds\n1,2,3\n"), holding(LOG + f"1,2,3,{'x' * 1000}\n"),
         holding(LOG + "1,2,3,4,5\n"), holding(LOG + f"1,2,3,{'4' * 200_000}\n"), holding(LOG + "1,2,3,1e200\n"),
         holding(LOG + "1,-2,3,4\n"), holding(LOG + "1,0,3,4\n"), holding(LOG + "1,inf,3,4\n"),
         holding(LOG + "1,2,nan,4\n"), holding(LOG + "1,2,-1,4\n"), holding(LOG + "7,2,3,4\n"),
@@ -297,6 +306,7 @@ DAMAGES = {
     ],
     "eval.csv": [
         garbled, fifo_instead, folder_instead, endless_instead, too_large,
+        holding(EVALUATION + "1,5,0,9,9\n1,5,1,9\n1,5,2,9\n"),
         holding("epoch\n1\n"), holding(EVALUATION + "1,5 5,0,9\n1,5 5,1,9\n1,5 5,2,9\n"),
         holding(EVALUATION + "1,5,0,9\n1,5,2,9\n1,5,1,9\n"), holding(EVALUATION + "1,5,0,9\n1,5,1,9\n1,6,2,9\n"),
         holding(EVALUATION + "1,5,0,9\n1,5,1,x\n1,5,2,9\n"), holding(EVALUATION + "1,nan,0,9\n1,nan,1,9\n1,nan,2,9\n"),
@@ -320,8 +330,8 @@ def test_a_run_that_cannot_be_read_is_left_out_in_one_line(tmp_path, name, i):
 
 def test_texts_are_made_printable(tmp_path):
     evil = "\x1b[31m\u2028\n=x"
-    labels = labels_of(("maml", {"baseline": evil}), ("maml", {"rl": evil}), root=tmp_path)
+    labels = labels_of(("maml", {"baseline": [evil, 1]}), ("maml", {"rl": evil}), root=tmp_path)
     assert labels == [
         "maml, rl = \\x1b[31m\\u2028\\n=x",
-        "maml, rl = pg, baseline = \\x1b[31m\\u2028\\n=x",
+        "maml, rl = pg, baseline = \\x1b[31m\\u2028\\n=x 1",
     ]
