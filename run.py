@@ -49,7 +49,7 @@ def main(argv=None):
         if args.watch is not None:
             return print(watch.watch(args.watch, args.phi, args.env))
         if args.report is not None:
-            return report.rewrite(args.report)
+            return report.rewrite(args.report, args.window)
         check_ranks(args, ranks)
         torch.set_num_threads(1)  # until training: a process forked from one that has used several threads hangs
         env = make_env(args)
@@ -402,7 +402,7 @@ def finish(failures, args):
     root = folder_of_all(args)
     try:
         with checkpoints.locked(root, wait=True):  # another command may end just now
-            wrote, left_out = report.write(root)
+            wrote, left_out = report.write(root, args.window)
     except OSError:
         raise
     except Exception as error:  # the training is good, whatever other runs did to the report

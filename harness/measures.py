@@ -166,10 +166,8 @@ def equal_env_steps(labels):
 
 
 def area(run, env_steps):
-    """The mean return after adaptation over the run's first env_steps; one that failed keeps its
-    last return."""
-    ends = run.log["env_steps"]
-    if run.failed:
-        ends = np.append(ends[:-1], math.inf)
+    """The mean return after adaptation over the run's first env_steps; one that failed, or ended
+    before, keeps its last return."""
+    ends = np.append(run.log["env_steps"][:-1], math.inf)
     widths = np.diff(np.minimum(ends, env_steps), prepend=0)
     return (run.log["return_post"] * widths).sum() / env_steps

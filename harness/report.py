@@ -33,9 +33,10 @@ STEPS = {
 # --- summary.csv: a row of numbers for each run, of which all tables are made ---
 
 
-def summary(labels):
-    """The text of summary.csv."""
-    env_steps = measures.equal_env_steps(labels)
+def summary(labels, window=None):
+    """The text of summary.csv. window: the env steps of the area; None: those that all runs have
+    reached."""
+    env_steps = window or measures.equal_env_steps(labels)
     rows = []
     for label, runs in labels.items():
         names = {"label": label, "algo": runs[0].algo, "counterpart": counterpart(runs[0], labels)}
@@ -288,7 +289,7 @@ def budget(labels):
 
 TRAINING = """
 Area: the mean return after adaptation over the first {env_steps} env steps, the same for all runs
-of this report. Final return: mean return after adaptation over the last tenth of the epochs;
+of this report; one that failed, or ended before, keeps its last return. Final return: mean return after adaptation over the last tenth of the epochs;
 spread: its standard deviation over the last 100. Held-out: mean return over the held-out tasks
 inside Φ at the last evaluation, before adaptation and after as many inner steps as in training (at
 most {steps}). Seconds: training time, evaluation excluded, as mean ± standard deviation, of an
@@ -358,14 +359,15 @@ def text(labels, title, threshold):
 # --- all of it ---
 
 
-def write(root):
+def write(root, window=None):
     """Rewrite report.md, summary.csv, curves.csv and the figures under root from all runs there;
-    returns lines that say what was written, and lines that say what was left out."""
+    returns lines that say what was written, and lines that say what was left out. window: see
+    `summary`."""
     with np.errstate(all="ignore"):  # returns of runs that diverged
         labels, left_out = read(root)
         if not labels:
             return [printable(f"{root}: no run with a log, so no report")], left_out
-        numbers = summary(labels)
+        numbers = summary(labels, window)
         body = text(read_summary(numbers), title(labels), values_of("threshold", labels))
         write_atomically(root / "summary.csv", numbers)
         write_atomically(root / "curves.csv", figures.curves(labels))
@@ -374,13 +376,14 @@ def write(root):
     return [printable(line) for line in wrote], left_out
 
 
-def rewrite(folders):
-    """What --report does: write these folders' reports, and print what was written and left out."""
+def rewrite(folders, window=None):
+    """What --report does: write these folders' reports, and print what was written and left out;
+    window: see `summary`."""
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"--report {folder}: there is no such folder", 2)
     for folder in folders:
         is_run = (folder / "config.json").exists()  # its training would keep the lock to its end
         with locked(folder, wait=not is_run):  # another report may be written just now
-            wrote, left_out = write(folder)
+            wrote, left_out = write(folder, window)
         print(*wrote, *left_out, sep="\n")

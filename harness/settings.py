@@ -277,6 +277,8 @@ SETTINGS = {
                 "where there is a display", "runs/cartpole-pg/maml/seed1 --phi 12", Path, identity=False),
         Setting("phi", "the task to watch", "12", number(float), None, "the mean task", "+", needs=WATCH,
                 identity=False),
+        Setting("window", "env steps over which the report takes the area under the returns", "400000", count, None,
+                "the least that all runs have reached", identity=False),
         Setting("report", "train nothing: rewrite report.md, the figures and their CSV files in these folders, from "
                 "the runs in them", "runs/cartpole-pg", Path, nargs="+", identity=False),
     ],

@@ -210,7 +210,8 @@ def test_of_fewer_than_100_epochs_and_of_failed_runs_none_is_sustained():
 def test_the_area_is_the_mean_return_over_equal_env_steps():
     """100 steps at 1, 300 at 2 and of the last 600, at 4, 100: (100 + 600 + 400) / 500 = 2.2."""
     assert measures.area(logged([1, 2, 4], [100, 400, 1000]), 500) == pytest.approx(2.2)
-    assert measures.area(logged([1, 2], [100, 400], failed=True), 500) == pytest.approx((100 + 800) / 500)
+    for failed in (True, False):  # one that ended before keeps its last return
+        assert measures.area(logged([1, 2], [100, 400], failed=failed), 500) == pytest.approx((100 + 800) / 500)
     runs = [logged([1, 2], [100, 400]), logged([1, 2], [150, 350]), logged([1], [50], failed=True)]
     assert measures.equal_env_steps({"a": runs[:1], "b": runs[1:]}) == 350
     assert measures.equal_env_steps({"a": runs[2:]}) == 50
