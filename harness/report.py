@@ -56,6 +56,7 @@ def summarise(run, env_steps):
     returns, seconds = log["return_post"], np.diff(log["seconds"], prepend=0)
     threshold = math.inf if config.get("threshold") is None else config["threshold"]
     row = {
+        "alpha": config.get("alpha") or 0.0,
         "beta": config["beta"],
         "delta": config.get("delta") or 0.0,
         "seed": config["seed"],

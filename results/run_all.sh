@@ -48,6 +48,11 @@ both="--algo fomaml directed-fomaml"
 directed="--algo directed-fomaml"
 ten="--seed $(seq -s " " 10)"
 
+# The main experiment, PROTOCOL.md
+for family in point velocity cartpole crossing lunarlander; do
+  if is_next protocol/$family; then python -m results.protocol $family; fi
+done
+
 # Fig. 2, Table I; on point and velocity with held-out tasks outside Φ too
 experiment cartpole-pg --env cartpole --algo $all $ten
 experiment crossing-pg --env crossing --algo $all $ten
