@@ -290,13 +290,13 @@ def budget(labels):
 
 TRAINING = """
 Area: the mean return after adaptation over the first {env_steps} env steps, the same for all runs
-of this report; one that failed, or ended before, keeps its last return. Final return: mean return after adaptation over the last tenth of the epochs;
-spread: its standard deviation over the last 100. Held-out: mean return over the held-out tasks
-inside Φ at the last evaluation, before adaptation and after as many inner steps as in training (at
-most {steps}). Seconds: training time, evaluation excluded, as mean ± standard deviation, of an
-epoch over all epochs, of 1000 over runs; runs trained in one batch share its time evenly. The
-δ-step, where it was logged: its norm, that of the β-step and their cosine, each the median over a
-run's epochs.
+of this report; one that failed, or ended before, keeps its last return. Final return: mean return
+after adaptation over the last tenth of the epochs; spread: its standard deviation over the last
+100. Held-out: mean return over the held-out tasks inside Φ at the last evaluation, before
+adaptation and after as many inner steps as in training (at most {steps}). Seconds: training time,
+evaluation excluded, as mean ± standard deviation, of an epoch over all epochs, of 1000 over runs;
+runs trained in one batch share its time evenly. The δ-step, where it was logged: its norm, that of
+the β-step and their cosine, each the median over a run's epochs.
 """
 
 CONVERGENCE = """

@@ -1,8 +1,8 @@
 """The experiment of PROTOCOL.md: tune every arm, run the chosen configurations on fresh seeds, compare.
 
-From the repository's root: `python -m results.protocol point velocity` tunes and tests these families, one process a core,
-and resumes where it stopped; run folders go to runs/protocol/. `--commands point` prints the commands of the test runs
-alone. Without a family it compares what there is: results/protocol/differences.csv.
+From the repository's root: `python -m results.protocol point velocity` tunes and tests these families, one process a
+core, and resumes where it stopped; run folders go to runs/protocol/. `--commands point` prints the commands of the test
+runs alone. Without a family it compares what there is: results/protocol/differences.csv.
 """
 
 import argparse
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import run  # first, because it sets what numpy reads when it loads
+
+# isort: split
 import numpy as np
 
-import run
 from harness import checkpoints, figures, report, runs
 
 ROOT = Path(__file__).parent / "protocol"
