@@ -337,7 +337,7 @@ def test_the_exit_code_of_a_training_does_not_depend_on_other_runs(tmp_path, cap
     train(tmp_path, "--resume")
     assert capsys.readouterr().err.count("left out") == 1
 
-    def broken(root):
+    def broken(root, window):
         raise ZeroDivisionError("never seen\nbefore")
 
     monkeypatch.setattr(report, "write", broken)
