@@ -5,17 +5,15 @@ is one. It takes seconds, because it trains nothing.
 """
 
 import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from harness.text import span
-from results import fill, steps
+from results import fill, protocol
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# As in run_all.sh: 12 values of β without the δ-step; 5 values of β times 3 of δ with it; 5 seeds of each.
-GRID_CELLS = {"fomaml": 12, "directed-fomaml": 15}
-GRID_SEEDS = 5
+NOT_RUN = re.compile(r"<!-- not run: (.*) -->")  # in README.md, before the sentence that says it
 
 
 def check_pages(pages):
@@ -28,26 +26,29 @@ def check_pages(pages):
             yield f"{page}: {error}"
 
 
-def check_reports(root):
-    """Each experiment with a report.md or a summary.csv of its own has both, and they show the same numbers."""
-    folders = {path.parent for name in ("report.md", "summary.csv") for path in root.glob(f"*/{name}")}
-    for folder in sorted(folders):
-        try:
-            text = (folder / "report.md").read_text(encoding="utf-8")
-            if not all(table in text for table in fill.report_tables(folder)):
-                yield f"{folder / 'report.md'}: its tables differ from those of summary.csv"
-        except OSError as error:
-            yield f"{folder}: {error}"
-
-
 def check_experiments(root, names):
-    """Each experiment of run_all.sh has a result, a folder with a summary.csv or a .md file; there are no others."""
+    """Each experiment of run_all.sh has a result, or README.md names it as not run; there are no other results."""
+    said = NOT_RUN.search((root / "README.md").read_text(encoding="utf-8"))
+    not_run = set(said[1].split()) if said else set()
     for name in sorted(names):
-        if not (root / name / "summary.csv").exists() and not (root / f"{name}.md").exists():
-            yield f"{root / name}: run_all.sh makes it, but there is no summary.csv"
+        has_result = (root / name / "summary.csv").exists() or (root / f"{name}.md").exists()
+        if not has_result and name not in not_run:
+            yield f"{root / name}: run_all.sh makes it, but there is no summary.csv, and README.md does not say so"
+        if has_result and name in not_run:
+            yield f"{root / name}: README.md says that it was not run"
+    for name in sorted(not_run - names):
+        yield f"{root / 'README.md'}: {name} is no experiment of run_all.sh"
     for path in sorted(root.glob("**/summary.csv")):
-        if path.parent.relative_to(root).as_posix() not in names:
+        name = path.parent.relative_to(root).as_posix().removesuffix("/tuning")
+        if name not in names:
             yield f"{path}: no experiment of run_all.sh makes it"
+
+
+def check_figures(root):
+    """Each curves.csv has its figure."""
+    for path in sorted(root.glob("**/curves.csv")):
+        if not path.with_suffix(".png").exists():
+            yield f"{path}: there is no figure of it; run python -m results.draw"
 
 
 def list_experiments(script):
@@ -56,42 +57,55 @@ def list_experiments(script):
     return set(listed.stdout.split())
 
 
-def check_grid(folder):
-    """A grid of step sizes is complete."""
-    cells = steps.grid_cells(folder)
-    for algo, expected in GRID_CELLS.items():
-        count = sum(cell.algo == algo for cell in cells)
-        if count != expected:
-            yield f"{folder}: {count} cells of {algo}, expected {expected}"
-    for cell in cells:
-        if len(cell.env_steps) != GRID_SEEDS:
-            where = f"{cell.algo}, β = {cell.beta:g}, δ = {cell.delta:g}"
-            yield f"{folder}: {len(cell.env_steps)} runs of {where}, expected {GRID_SEEDS}"
+def check_protocol():
+    """Every configuration and seed is the protocol's, and differences.csv is what the summaries say."""
+    folders = [name for name in protocol.FAMILIES if (protocol.ROOT / name / "summary.csv").exists()]
+    for name in folders:
+        yield from check_runs(name)
+    path = protocol.ROOT / "differences.csv"
+    if folders and (not path.exists() or path.read_text(encoding="utf-8") != protocol.text_of_differences()):
+        yield f"{path}: out of date; run python -m results.protocol"
 
 
-def check_tuned(grid, tuned):
-    """The best cell of a grid, with and without the δ-step, is the one that was run again on other seeds."""
-    cells = steps.grid_cells(grid)
-    for algo, arm in (("fomaml", "undirected"), ("directed-fomaml", "directed")):
-        try:
-            runs, best = fill.read_summary(tuned / arm)[algo], steps.best(cells, algo)
-        except (OSError, KeyError, ValueError) as error:
-            yield f"{tuned / arm}: {error}"
-            continue
-        if set(zip(runs["beta"], runs["delta"], strict=True)) != {(best.beta, best.delta)}:
-            ran = f"β = {span(runs['beta'])}, δ = {span(runs['delta'])}"
-            yield f"{tuned / arm}: {ran}, but the grid's best cell is β = {best.beta:g}, δ = {best.delta:g}"
+def check_runs(name):
+    """The tuning runs are those of the protocol's configurations, and the test runs those of the chosen ones."""
+    family, tried = protocol.FAMILIES[name], protocol.tried(name)
+    tuning, tested = protocol.summary_of(name, "tuning"), protocol.summary_of(name)
+    expected = {f"{arm}{n}": (arm, sizes) for arm in family.arms if arm != "E" for n, sizes in enumerate(tried, 1)}
+    if set(tuning) != set(expected):
+        yield f"{name}/tuning: it has not the protocol's configurations"
+    tuning_seeds = protocol.seeds_of(family.tuning_seeds)
+    for label in sorted(set(tuning) & set(expected)):
+        yield from check_line(f"{name}/tuning/{label}", tuning[label], *expected[label], tuning_seeds)
+    seeds = protocol.seeds_of(protocol.test_seeds(name))
+    if list(tested) != list(family.arms):
+        yield f"{name}: it has the arms {', '.join(tested)}"
+    for arm, found in tested.items():
+        yield from check_line(f"{name}/{arm}", found, arm, protocol.sizes_of(name, arm), seeds)
+
+
+def check_line(where, found, arm, sizes, seeds):
+    """A line's runs have these seeds and step sizes, where the arm has them."""
+    if found["seed"] != seeds:
+        yield f"{where}: its seeds are {found['seed']}"
+    alpha, beta, delta = sizes
+    expected = {"beta": beta}
+    if arm in protocol.ADAPTING:
+        expected["alpha"] = alpha
+    if arm in protocol.DIRECTED:
+        expected["delta"] = delta
+    for key, value in expected.items():
+        if set(found[key]) != {value}:
+            yield f"{where}: {key} is {set(found[key])}, by the protocol {value:g}"
 
 
 def problems():
     """All checks, as lines; from the repository's root."""
     root = Path("results")
     yield from check_pages([Path("README.md"), Path("docs/flags.md"), root / "README.md"])
-    yield from check_reports(root)
     yield from check_experiments(root, list_experiments(root / "run_all.sh"))
-    for env in steps.ENVS:
-        yield from check_grid(root / "grid" / env)
-        yield from check_tuned(root / "grid" / env, root / "tuned" / env)
+    yield from check_figures(root)
+    yield from check_protocol()
 
 
 def main():

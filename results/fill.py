@@ -1,30 +1,42 @@
-"""Fill the tables of Markdown files from summary.csv files, and their tables of flags from run.py's settings.
+"""Fill the tables of Markdown files from CSV files, and their tables of flags from run.py's settings.
 
 From the repository's root: `python -m results.fill README.md docs/flags.md results/README.md`. With --check
 nothing is written: the command exits with code 1 and names the files whose tables are out of date.
 
-A table stands below a comment that names its columns and its lines. Below it stands how many arms it compares, and over
-which epochs and env steps. A line is {name: folder/label}; the folder is
-relative to the Markdown file and holds a summary.csv, the label is one of that file's labels:
+A table stands below a comment that names it, `<!-- table NAME -->`. results/tables.json says what is in it; its paths
+are relative to results/. There are three kinds:
 
-<!-- report {"columns": ["epochs to convergence"], "lines": {"fomaml": "cartpole-pg/fomaml"}} -->
+- {"columns": [..], "lines": {name: "folder/label"}}: columns of a report, of the lines of summary.csv files. Below it
+  stands how many arms it compares, and over which epochs and env steps.
+- {"csv": file, "where": {column: text}, "columns": {heading: format}}: rows of a CSV file; a format is e.g.
+  "{mean:.3g} [{low95:.3g}, {high95:.3g}]".
+- {"claims": [{"paper": .., "here": .., "column": .., "pairs": {name: ["folder/label", "folder/label"]}}]}: what the
+  paper says, and how many times as much of a column of summary.csv the first of a pair needs as the second, seed by
+  seed.
 
 The table of all flags stands below <!-- flags -->, that of some below <!-- flags alpha inner-steps -->.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
+from csv import DictReader
 from pathlib import Path
+
+import numpy as np
 
 from harness import report
 from harness.settings import SETTINGS, shown_default
 from harness.text import markdown
 
+ROOT = Path(__file__).parent
+POWER = 2.8  # 1.96 + 0.84: 80% power at 0.05, two-sided, by a normal's quantiles
+
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.
 MARKED_TABLE = re.compile(
-    r"(<!-- (?:flags(?P<flags>( [a-z-]+)*)|report (?P<report>.*)) -->)\n*(?:\|.*\n)*\n*(?:Arms compared: .*\n+)?"
+    r"(<!-- (?:flags(?P<flags>( [a-z-]+)*)|table (?P<table>.*)) -->)\n*(?:\|.*\n)*\n*(?:Arms compared: .*\n+)?"
 )
 
 
@@ -33,29 +45,101 @@ def read_summary(folder):
     return report.read_summary((folder / "summary.csv").read_text(encoding="utf-8"))
 
 
-def report_tables(folder):
-    """The Markdown tables that folder/report.md should hold."""
-    return list(report.tables(read_summary(folder)).values())
+def line_of(place, root):
+    """(label, all labels of its summary) of folder/label. Raises ValueError naming an unknown label."""
+    folder, label = place.rsplit("/", 1)
+    labels = read_summary(root / folder)
+    if label not in labels:
+        raise ValueError(f"{folder}/summary.csv has no label {label!r}; it has {', '.join(labels)}")
+    return label, labels
 
 
-def table(columns, lines, root):
-    """The Markdown table with these columns, and the line on its arms; lines: {name: folder/label}, folders relative to
-    root.
-
-    Raises ValueError naming an unknown label or column.
-    """
+def report_table(root, columns, lines):
+    """Columns of a report, and the line on its arms. Raises ValueError naming an unknown label or column."""
     rows, arms = [], {}
     for name, place in lines.items():
-        folder, label = place.rsplit("/", 1)
-        labels = read_summary(root / folder)
-        if label not in labels:
-            raise ValueError(f"{folder}/summary.csv has no label {label!r}; it has {', '.join(labels)}")
+        label, labels = line_of(place, root)
         cells = report.cells(name, label, labels)
         if unknown := [column for column in columns if column not in cells]:
             raise ValueError(f"unknown column {unknown[0]!r}; there are {', '.join(cells)}")
         arms[name] = labels[label]
         rows.append({column: cells[column] for column in ("algorithm", *columns)})
     return f"{markdown(rows)}\n\n{report.budget(arms)}"
+
+
+def number(text):
+    """The number that a text is, or the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def csv_table(root, csv, columns, where=None):
+    """Rows of a CSV file by formats of their columns. Raises ValueError where a column is missing."""
+    with open(root / csv, encoding="utf-8", newline="") as lines:
+        rows = [row for row in DictReader(lines) if (where or {}).items() <= row.items()]
+    try:
+        cells = [{key: number(text) for key, text in row.items()} for row in rows]
+        shown = [{heading: form.format_map(row) for heading, form in columns.items()} for row in cells]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{csv}: {type(error).__name__}: {error}") from error
+    if not shown:
+        raise ValueError(f"{csv}: no row has {where}")
+    return markdown(shown)
+
+
+def claims_table(root, claims):
+    """What the paper says, what we find, the ratios, and what ratio these seeds could show."""
+    rows = []
+    for claim in claims:
+        compared = {name: ratio(root, claim["column"], *pair) for name, pair in claim["pairs"].items()}
+        rows.append({
+            "the paper": claim["paper"],
+            "here": claim["here"],
+            "numbers": "; ".join(f"{name} {found}" for name, (found, _) in compared.items()),
+            "could be shown": "; ".join(power for _, power in compared.values()),
+        })  # fmt: skip
+    return markdown(rows)
+
+
+def ratio(root, column, first, second):
+    """How many times as much of a column `first` has as `second`, seed by seed: (median and interval; the factor that
+    80% of such experiments would show at 0.05, by the SD of its logarithm, infinite ones left out)."""
+    values = []
+    for place in (first, second):
+        label, labels = line_of(place, root)
+        values.append(report.by_seed(labels[label], column))
+    theirs, ours = values
+    pairs = [(theirs[seed], ours[seed]) for seed in theirs if seed in ours]
+    logs = [math.log(a / b) for a, b in pairs if math.isfinite(a + b)]
+    power = "–"
+    if len(logs) > 2:
+        power = f"{math.exp(POWER * np.std(logs, ddof=1) / math.sqrt(len(logs))):.2f}×"
+    return report.speed_up(theirs, ours), power
+
+
+KINDS = {"lines": report_table, "csv": csv_table, "claims": claims_table}
+
+
+def table(name, root=ROOT):
+    """The table of this name in root/tables.json. Raises ValueError for what is wrong with it."""
+    tables = json.loads((root / "tables.json").read_text(encoding="utf-8"))
+    if name not in tables:
+        raise ValueError(f"unknown table {name!r}; there are {', '.join(tables)}")
+    spec = tables[name]
+    kinds = [kind for kind in KINDS if kind in spec]
+    if len(kinds) != 1:
+        raise ValueError(f"table {name} has not one of {', '.join(KINDS)}")
+    try:
+        return KINDS[kinds[0]](root, **spec)
+    except TypeError as error:
+        raise ValueError(f"table {name}: {error}") from error
+
+
+def report_tables(folder):
+    """The Markdown tables that folder/report.md should hold."""
+    return list(report.tables(read_summary(folder)).values())
 
 
 def flag_table(names=()):
@@ -83,15 +167,9 @@ def filled(path):
     """The Markdown file's text with up-to-date tables. Raises ValueError where a comment cannot be read."""
 
     def replace(match):
-        if match["report"] is None:
-            return f"{match[1]}\n\n{flag_table(match['flags'].split())}\n\n"
-        try:
-            wanted = json.loads(match["report"])
-            columns, lines = wanted["columns"], wanted["lines"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'expected {{"columns": [..], "lines": {{..}}}} in {match[1][:60]} ..') from error
+        text = flag_table(match["flags"].split()) if match["table"] is None else table(match["table"], ROOT)
         # The empty line at the end keeps the next paragraph from becoming a row of the table.
-        return f"{match[1]}\n\n{table(columns, lines, path.parent)}\n\n"
+        return f"{match[1]}\n\n{text}\n\n"
 
     return MARKED_TABLE.sub(replace, path.read_text(encoding="utf-8"))
 

@@ -150,30 +150,19 @@ def logged(out):
 
 
 def tune(name):
-    """Run all configurations of all arms, and once more beyond the range where the best of an arm is at its edge."""
-    family, tried = FAMILIES[name], configurations(name)
+    """Run all configurations of all arms, and more beyond the range where the best of an arm is at its edge."""
+    train_configurations(name, configurations(name))
+    train_configurations(name, tried(name))
+
+
+def train_configurations(name, tried):
+    """Run these (N, 3) configurations of all arms but E, and write their summary."""
+    family, folder = FAMILIES[name], RUNS / name / "tuning"
     arms = [arm for arm in family.arms if arm != "E"]
-
-    def train_configurations(first):
-        jobs = [
-            (flags(name, arm, sizes, family.tuning_seeds), RUNS / name / "tuning" / f"{arm}{number}")
-            for number, sizes in enumerate(tried, 1)
-            if number >= first
-            for arm in arms
-        ]
-        train_all(jobs)
-        labels = {
-            f"{arm}{n}": logged(RUNS / name / "tuning" / f"{arm}{n}") for arm in arms for n in range(1, len(tried) + 1)
-        }
-        write(ROOT / name / "tuning" / "summary.csv", report.summary(labels, family.window))
-
-    train_configurations(1)
-    edges = {edge_of(name, arm) for arm in arms if arm != "G"} - {None}
-    for upwards in sorted(edges):
-        first = len(tried) + 1
-        tried = np.concatenate([tried, extension(name, upwards)])
-        train_configurations(first)
-    return tried
+    numbered = [(arm, number, sizes) for number, sizes in enumerate(tried, 1) for arm in arms]
+    train_all([(flags(name, arm, sizes, family.tuning_seeds), folder / f"{arm}{n}") for arm, n, sizes in numbered])
+    labels = {f"{arm}{n}": logged(folder / f"{arm}{n}") for arm, n, _ in sorted(numbered, key=lambda x: x[:2])}
+    write(ROOT / name / "tuning" / "summary.csv", report.summary(labels, family.window))
 
 
 def write(path, text):
@@ -200,11 +189,16 @@ def chosen(name, arm):
 
 def edge_of(name, arm):
     """Whether the arm's best β of the first configurations is the largest (True), the smallest (False), or neither."""
-    count = FAMILIES[name].configurations
-    areas = {n: area for n, area in mean_areas(name, arm).items() if n <= count}
-    order = np.argsort(configurations(name)[:, 1]) + 1
-    best = max(areas, key=areas.get)
-    return {order[-1]: True, order[0]: False}.get(best)
+    beta = configurations(name)[:, 1]
+    areas = {number: area for number, area in mean_areas(name, arm).items() if number <= len(beta)}
+    best = max(areas, key=areas.get) - 1
+    return {beta.argmax(): True, beta.argmin(): False}.get(best)
+
+
+def tried(name):
+    """All configurations: the first, and those beyond each end of the range at which an arm is best."""
+    edges = {edge_of(name, arm) for arm in FAMILIES[name].arms if arm not in "EG"} - {None}
+    return np.concatenate([configurations(name), *(extension(name, upwards) for upwards in sorted(edges))])
 
 
 def sizes_of(name, arm):
@@ -226,9 +220,19 @@ def seeds_needed(name):
     return int(np.clip(math.ceil(FACTOR * (sd / FAMILIES[name].effect) ** 2), FEWEST, MOST)), sd
 
 
+def test_seeds(name):
+    return f"1001-{1000 + seeds_needed(name)[0]}"
+
+
+def seeds_of(text):
+    """ "1001-1003" -> [1001, 1002, 1003]."""
+    first, last = map(int, text.split("-"))
+    return list(range(first, last + 1))
+
+
 def test_flags(name, arm):
     """The flags of the arm's test runs."""
-    return flags(name, arm, sizes_of(name, arm), f"1001-{1000 + seeds_needed(name)[0]}")
+    return flags(name, arm, sizes_of(name, arm), test_seeds(name))
 
 
 def test(name):
@@ -315,13 +319,14 @@ def verdict(row):
     return "equal" if small else "cannot tell"
 
 
-def compare():
+def text_of_differences():
+    """The text of differences.csv."""
     rows = differences()
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{x:.4g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
-    write(ROOT / "differences.csv", file.getvalue())
+    return file.getvalue()
 
 
 def main(arguments=None):
@@ -337,7 +342,7 @@ def main(arguments=None):
         tune(name)
         test(name)
     if not args.commands:
-        compare()
+        write(ROOT / "differences.csv", text_of_differences())
 
 
 if __name__ == "__main__":

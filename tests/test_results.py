@@ -1,4 +1,4 @@
-"""results/: tables filled from summaries written by hand, its checks, its script and its figure on toy folders.
+"""results/: tables filled from summaries written by hand, checks, script, statistics and figures on toy folders.
 
 Whether the committed results agree with each other is not tested here: `python -m results.check` says that.
 """
@@ -8,13 +8,15 @@ import math
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from harness.settings import SETTINGS
-from results import check, directions, fill, steps
+from harness.settings import SETTINGS, parse
+from results import check, directions, draw, fill, protocol
 
 RUN_ALL = Path(check.__file__).parent / "run_all.sh"
 
@@ -32,14 +34,11 @@ def write_summary(folder, algo, beta, delta, env_steps):
     (folder / "summary.csv").write_text("\n".join([header, *rows]) + "\n")
 
 
-def write_report(folder):
-    tables = fill.report_tables(folder)
-    (folder / "report.md").write_text("\n\n".join(["# Toy", *tables]) + "\n")
+def write_tables(root, **tables):
+    (root / "tables.json").write_text(json.dumps(tables))
 
 
-def marker(**lines):
-    return f"<!-- report {json.dumps({'columns': ['runs', 'epochs to convergence'], 'lines': lines})} -->"
-
+MARKER = "<!-- table toy -->"
 
 TABLE = """| algorithm | runs | epochs to convergence |
 | --- | --- | --- |
@@ -49,12 +48,18 @@ Arms compared: 1; epochs trained: 10 each; env steps trained: not recorded.
 """
 
 
+def lines_table(**lines):
+    return {"columns": ["runs", "epochs to convergence"], "lines": lines}
+
+
 @pytest.fixture
-def page(tmp_path):
+def page(tmp_path, monkeypatch):
     """A page with an outdated table of three runs that converge at epoch 2."""
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
     write_summary(tmp_path / "toy-pg", "maml", 0.001, 0, [200, 200, 200])
+    write_tables(tmp_path, toy=lines_table(ours="toy-pg/maml"))
     path = tmp_path / "page.md"
-    path.write_text(f"before\n\n{marker(ours='toy-pg/maml')}\n| stale |\n| --- |\nafter\n")
+    path.write_text(f"before\n\n{MARKER}\n| stale |\n| --- |\nafter\n")
     return path
 
 
@@ -64,7 +69,7 @@ def page(tmp_path):
 def test_fill_writes_the_marked_table_and_nothing_else(page):
     for _ in range(2):
         fill.fill(page)
-        assert page.read_text() == f"before\n\n{marker(ours='toy-pg/maml')}\n\n{TABLE}\nafter\n"
+        assert page.read_text() == f"before\n\n{MARKER}\n\n{TABLE}\nafter\n"
 
 
 def test_every_flag_is_in_the_flag_table_once_in_the_group_that_help_shows(page):
@@ -90,7 +95,7 @@ def test_a_table_says_whether_its_arms_had_equal_budgets(page):
     summary = page.parent / "other" / "summary.csv"
     write_summary(summary.parent, "maml", 0.001, 0, [200])
     summary.write_text(summary.read_text().replace("maml,maml,0.001,0,1,0,10,", "maml,maml,0.001,0,1,0,30,"))
-    page.write_text(marker(ours="toy-pg/maml", theirs="other/maml") + "\n")
+    write_tables(page.parent, toy=lines_table(ours="toy-pg/maml", theirs="other/maml"))
     fill.fill(page)
     assert (
         "\n\nArms compared: 2; epochs trained: 10 to 30, not equal; env steps trained: not recorded.\n"
@@ -99,9 +104,9 @@ def test_a_table_says_whether_its_arms_had_equal_budgets(page):
 
 
 def test_a_comment_without_a_table_gets_one_and_two_in_a_page_stay_apart(page):
-    page.write_text(f"{marker(ours='toy-pg/maml')}\n{marker(ours='toy-pg/maml')}\nafter\n")
+    page.write_text(f"{MARKER}\n{MARKER}\nafter\n")
     fill.fill(page)
-    assert page.read_text() == 2 * f"{marker(ours='toy-pg/maml')}\n\n{TABLE}\n" + "after\n"
+    assert page.read_text() == 2 * f"{MARKER}\n\n{TABLE}\n" + "after\n"
 
 
 def test_the_command_fills_several_pages(page):
@@ -126,19 +131,43 @@ def test_check_names_each_outdated_page_and_writes_nothing(page, capsys):
     fill.main(["--check", str(good)])  # does not exit
 
 
+def test_a_table_of_csv_rows_by_hand(page):
+    (page.parent / "toy.csv").write_text("name,low,high\na,1.25,inf\nb,2,3\n")
+    columns = {"what": "{name}", "from, to": "{low:.2g}, {high:g}"}
+    write_tables(page.parent, toy={"csv": "toy.csv", "where": {"name": "a"}, "columns": columns})
+    assert fill.table("toy", page.parent) == "| what | from, to |\n| --- | --- |\n| a | 1.2, inf |"
+
+
+def test_a_claim_shows_the_ratio_by_seed_and_what_the_seeds_could_show(page):
+    """Ratios 2, 4 and 8: the median is 4; the logarithms' SD is log 2, so exp(2.8 log 2 / √3) = 3.07. A run that never
+    converges counts in the median alone."""
+    write_summary(page.parent / "slow", "maml", 0.001, 0, [400, 800, 1600, math.inf])
+    write_summary(page.parent / "fast", "maml", 0.001, 0, [200, 200, 200, 200])
+    pairs = {"ours": ["slow/maml", "fast/maml"]}
+    claim = {"paper": "faster", "here": "so", "column": "epoch_to_convergence", "pairs": pairs}
+    write_tables(page.parent, toy={"claims": [claim]})
+    row = fill.table("toy", page.parent).splitlines()[-1].strip("| ").split(" | ")
+    assert row[:2] == ["faster", "so"] and row[3] == "3.07×"
+    assert row[2].startswith("ours 5.66×")  # of 2, 4, 8, ∞ it lies between 4 and 8: √32 = 5.66
+
+
 @pytest.mark.parametrize(
-    "text, says",
+    "text, tables, says",
     [
-        (marker(ours="toy-pg/unknown"), "toy-pg/summary.csv has no label 'unknown'; it has maml"),
-        (marker(ours="nowhere/maml"), "nowhere"),
-        ('<!-- report {"columns": ["speed"], "lines": {"ours": "toy-pg/maml"}} -->', "unknown column 'speed'"),
-        ("<!-- flags alhpa -->", "unknown flag 'alhpa'"),
-        ('<!-- report {"columns": [] -->', "expected"),
-        ('<!-- report {"columns": []} -->', "expected"),
+        (MARKER, {"toy": lines_table(ours="toy-pg/unknown")}, "toy-pg/summary.csv has no label 'unknown'; it has maml"),
+        (MARKER, {"toy": lines_table(ours="nowhere/maml")}, "nowhere"),
+        (MARKER, {"toy": {"columns": ["speed"], "lines": {"ours": "toy-pg/maml"}}}, "unknown column 'speed'"),
+        (MARKER, {"toy": {"csv": "toy-pg/summary.csv", "columns": {"x": "{speed:g}"}}}, "speed"),
+        (MARKER, {"toy": {"csv": "toy-pg/summary.csv", "where": {"label": "x"}, "columns": {}}}, "no row"),
+        (MARKER, {"toy": {"columns": ["runs"]}}, "has not one of lines, csv, claims"),
+        (MARKER, {"toy": {"lines": {}}}, "columns"),
+        (MARKER, {"other": {}}, "unknown table 'toy'; there are other"),
+        ("<!-- flags alhpa -->", {}, "unknown flag 'alhpa'"),
     ],
 )
-def test_what_cannot_be_filled_ends_in_one_line_and_leaves_the_page_as_it_was(page, text, says):
+def test_what_cannot_be_filled_ends_in_one_line_and_leaves_the_page_as_it_was(page, text, tables, says):
     page.write_text(text + "\n")
+    write_tables(page.parent, **tables)
     with pytest.raises(SystemExit) as stop:
         fill.main([str(page)])
     assert str(stop.value).startswith(f"results.fill: {page}: ") and says in str(stop.value)
@@ -154,67 +183,36 @@ def test_pages_are_checked(page):
     assert line.startswith(f"{page}: its tables are out of date")
     fill.fill(page)
     assert list(check.check_pages([page])) == []
-    page.write_text(marker(ours="toy-pg/unknown") + "\n")
+    write_tables(page.parent, toy=lines_table(ours="toy-pg/unknown"))
     (line,) = check.check_pages([page])
     assert "no label 'unknown'" in line
 
 
-def test_reports_are_checked(tmp_path):
-    folder = tmp_path / "toy-pg"
-    write_summary(folder, "maml", 0.001, 0, [200, 200, 200])
-    (line,) = check.check_reports(tmp_path)
-    assert line.startswith(f"{folder}: ") and "report.md" in line  # there is none
-    write_report(folder)
-    assert list(check.check_reports(tmp_path)) == []
-    write_summary(folder, "maml", 0.001, 0, [300, 300, 300])
-    (line,) = check.check_reports(tmp_path)
-    assert line == f"{folder / 'report.md'}: its tables differ from those of summary.csv"
-
-
 def test_experiments_and_folders_are_checked_both_ways(tmp_path):
-    for name in ("toy-pg", "controls/toy/beta"):
+    for name in ("toy-pg", "learners/toy/joint", "protocol/toy", "protocol/toy/tuning"):
         write_summary(tmp_path / name, "maml", 0.001, 0, [200])
     (tmp_path / "directions.md").write_text("# Directions\n")
-    names = {"toy-pg", "controls/toy/beta", "directions"}
+    (tmp_path / "README.md").write_text("<!-- not run: later -->\nThe experiment `later` was not run.\n")
+    names = {"toy-pg", "learners/toy/joint", "protocol/toy", "directions", "later"}
     assert list(check.check_experiments(tmp_path, names)) == []
     (line,) = check.check_experiments(tmp_path, names | {"missing"})
     assert line.startswith(f"{tmp_path / 'missing'}: ")
-    (line,) = check.check_experiments(tmp_path, names - {"controls/toy/beta"})
-    assert line.startswith(f"{tmp_path / 'controls' / 'toy' / 'beta' / 'summary.csv'}: ")
+    (line,) = check.check_experiments(tmp_path, names - {"learners/toy/joint"})
+    assert line.startswith(f"{tmp_path / 'learners' / 'toy' / 'joint' / 'summary.csv'}: ")
+    (line,) = check.check_experiments(tmp_path, names - {"later"})
+    assert "later is no experiment" in line
+    write_summary(tmp_path / "later", "maml", 0.001, 0, [200])
+    (line,) = check.check_experiments(tmp_path, names)
+    assert line == f"{tmp_path / 'later'}: README.md says that it was not run"
 
 
-def write_grid(folder):
-    """12 + 15 cells of 5 seeds; the best are β = 0.003 alone (1200 env steps), and β = 0.002 with δ = 0.01 (1100)."""
-    for i in range(1, 13):
-        write_summary(folder / f"beta{i}", "fomaml", i / 1000, 0, [1200 + 100 * abs(i - 3)] * 5)
-    for i in range(1, 6):
-        for delta in (0.005, 0.01, 0.02):
-            spent = 1100 + 100 * abs(i - 2) + 1e4 * abs(delta - 0.01)
-            write_summary(folder / f"directed-beta{i}-{delta}", "directed-fomaml", i / 1000, delta, [spent] * 5)
-
-
-def test_grids_are_checked(tmp_path):
-    write_grid(tmp_path)
-    assert list(check.check_grid(tmp_path)) == []
-    write_summary(tmp_path / "beta4", "fomaml", 0.004, 0, [1300] * 4)
-    shutil.rmtree(tmp_path / "directed-beta1-0.005")
-    assert list(check.check_grid(tmp_path)) == [
-        f"{tmp_path}: 14 cells of directed-fomaml, expected 15",
-        f"{tmp_path}: 4 runs of fomaml, β = 0.004, δ = 0, expected 5",
-    ]
-
-
-def test_the_cells_that_were_run_again_are_the_best(tmp_path):
-    grid, tuned = tmp_path / "grid", tmp_path / "tuned"
-    write_grid(grid)
-    write_summary(tuned / "undirected", "fomaml", 0.003, 0, [1200] * 10)
-    (line,) = check.check_tuned(grid, tuned)
-    assert line.startswith(f"{tuned / 'directed'}: ")  # there is none
-    write_summary(tuned / "directed", "directed-fomaml", 0.002, 0.02, [1200] * 10)
-    (line,) = check.check_tuned(grid, tuned)
-    assert line == f"{tuned / 'directed'}: β = 0.002, δ = 0.02, but the grid's best cell is β = 0.002, δ = 0.01"
-    write_summary(tuned / "directed", "directed-fomaml", 0.002, 0.01, [1100] * 10)
-    assert list(check.check_tuned(grid, tuned)) == []
+def test_each_curve_has_a_figure(tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "curves.csv").write_text("label\n")
+    (line,) = check.check_figures(tmp_path)
+    assert line.startswith(f"{tmp_path / 'toy' / 'curves.csv'}: ")
+    (tmp_path / "toy" / "curves.png").write_bytes(b"")
+    assert list(check.check_figures(tmp_path)) == []
 
 
 def test_the_command_prints_a_line_for_each_problem_and_exits_with_1(monkeypatch, capsys):
@@ -232,10 +230,8 @@ echo "$@" >> commands.txt
 [ "$1" = run.py ] || exit 0
 while [ "$1" != --out ]; do shift; done
 mkdir -p "$2/x"
-cd "$2/x" && touch report.md summary.csv curves.csv curves.png thresholds.png adaptation.png
+cd "$2/x" && touch report.md summary.csv curves.csv curves.png
 """
-
-FILES = ("report.md", "summary.csv", "curves.csv", "curves.png", "thresholds.png", "adaptation.png")
 
 
 def run_all(root, *arguments):
@@ -253,24 +249,24 @@ def run_all(root, *arguments):
 
 
 def test_run_all_trains_what_is_named_and_copies_its_results(tmp_path):
-    done = run_all(tmp_path, "fig3", "controls/velocity")
+    done = run_all(tmp_path, "fig3", "learners/point")
     assert done.returncode == 0, done.stderr
     made = {path.relative_to(tmp_path / "results").as_posix() for path in (tmp_path / "results").glob("**/*.*")}
-    figures = {f"fig3/{name}" for name in FILES}
-    controls = {f"controls/velocity/{name}/summary.csv" for name in ("beta", "random", "samples")}
-    assert made == {"run_all.sh"} | figures | controls
+    folders = ("fig3", "learners/point/adapting", "learners/point/joint")
+    files = {f"{folder}/{name}" for folder in folders for name in ("summary.csv", "curves.csv")}
+    assert made == {"run_all.sh"} | files
     commands = (tmp_path / "commands.txt").read_text().splitlines()
-    assert len(commands) == 5 and commands[-1] == "-m results.fill README.md results/README.md"
+    assert len(commands) == 4 and commands[-1] == "-m results.fill README.md results/README.md"
 
 
 def test_run_all_lists_the_names_of_its_experiments_and_runs_nothing(tmp_path):
     done = run_all(tmp_path, "--list")
     names = done.stdout.splitlines()
     assert done.returncode == 0 and len(names) == len(set(names))
-    assert {"cartpole-pg", "grid/crossing/beta0.00035", "grid/point/directed-beta0.008", "directions"} <= set(names)
-    assert run_all(tmp_path, "--list", "fig3", "controls/velocity").stdout.splitlines() == [
-        "fig3", "controls/velocity/beta", "controls/velocity/random", "controls/velocity/samples",
-    ]  # fmt: skip
+    assert {"cartpole-pg", "promp/pendulum/5/joint", "directions"} <= set(names)
+    assert {f"protocol/{family}" for family in protocol.FAMILIES} <= set(names)
+    shown = run_all(tmp_path, "--list", "fig3", "learners/point").stdout.splitlines()
+    assert shown == ["fig3", "learners/point/adapting", "learners/point/joint"]
     assert not (tmp_path / "commands.txt").exists() and not (tmp_path / "runs").exists()
     assert check.list_experiments(RUN_ALL) == set(names)
 
@@ -280,20 +276,176 @@ def test_run_all_refuses_an_unknown_name(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("run_all.sh: unknown experiment unknown")
 
 
-# --- the grids' figure, and the directions ---
+# --- the protocol ---
 
 
-def test_the_grids_figure_is_drawn_and_the_best_cells_are_printed(tmp_path, capsys):
+def test_configurations_are_a_latin_hypercube_within_the_ranges_of_the_protocol():
+    for name, family in protocol.FAMILIES.items():
+        found = protocol.configurations(name)
+        assert len(found) == family.configurations and np.array_equal(found, protocol.configurations(name))
+        alpha, beta, delta = found.T
+        for values, (low, high) in ((alpha, family.alpha), (beta, family.beta), (delta / beta, protocol.RATIO)):
+            place = len(found) * np.log(values / low) / math.log(high / low)
+            assert sorted((place + 0.02 * (0.5 - place % 1)).astype(int)) == list(range(len(found)))  # three digits
+        low, high = family.beta
+        for upwards, ends in ((True, (high, 3 * high)), (False, (low / 3, low))):
+            beyond = protocol.extension(name, upwards)
+            assert len(beyond) == family.configurations // 3
+            assert (0.99 * ends[0] <= beyond[:, 1]).all() and (beyond[:, 1] <= 1.01 * ends[1]).all()
+
+
+def test_every_arm_is_a_command_and_has_the_settings_of_the_protocol():
+    for name, family in protocol.FAMILIES.items():
+        for arm in family.arms:
+            args = parse(protocol.flags(name, arm, (0.01, 0.02, 0.03), "1001-1003"))
+            assert args.beta == [0.02] and args.seed == [1001, 1002, 1003] and args.window == family.window
+            assert args.alpha == ([0.01] if arm in "ABCDE" else None)
+            assert args.delta == ([0.03] if arm in "BCD" else None)
+            assert args.epochs == family.epochs * (2 if arm in "FG" else 1)
+
+
+def test_the_sign_flip_test_by_hand():
+    """Of the 8 flips of (1, 2, 3) only the two with all signs alike have a sum as far from 0 as 6; of (1, 2, −3), with
+    the sum 0, all have."""
+    assert protocol.p_value(np.array([1.0, 2.0, 3.0])) == 2 / 8
+    assert protocol.p_value(np.array([1.0, 2.0, -3.0])) == 1
+
+
+def test_the_sign_flip_test_rejects_as_often_as_it_says_and_its_interval_holds_as_often():
+    random = np.random.default_rng(0)
+    samples = 0.5 + random.standard_normal((300, 12))
+    holds = [low <= 0.5 <= high for low, high in (protocol.interval(x, 0.9) for x in samples[:100])]
+    assert abs(np.mean(holds) - 0.9) < 3 * math.sqrt(0.09 / 100)
+    rejected = [protocol.p_value(x - 0.5) < 0.1 for x in samples]
+    assert abs(np.mean(rejected) - 0.1) < 3 * math.sqrt(0.09 / 300)
+
+
+def test_an_interval_lies_about_the_mean_and_is_wider_at_a_higher_level():
+    x = np.random.default_rng(1).standard_normal(20)
+    (low90, high90), (low95, high95) = protocol.interval(x, 0.9), protocol.interval(x, 0.95)
+    assert low95 < low90 < x.mean() < high90 < high95
+    t, sd = 2.093, x.std(ddof=1)  # Student's, 19 degrees
+    assert high95 - low95 == pytest.approx(2 * t * sd / math.sqrt(20), rel=0.1)
+
+
+def test_holms_adjustment_by_hand():
+    """Of four tests, one of which is not there: 4 · 0.01, then 3 · 0.02, then the same, since 2 · 0.025 is less."""
+    assert protocol.holm({"a": 0.02, "b": 0.01, "c": 0.025}, 4) == pytest.approx({"b": 0.04, "a": 0.06, "c": 0.06})
+
+
+@pytest.mark.parametrize(
+    "holm, mean, low90, high90, says",
+    [
+        (0.01, 3, 2, 4, "better"),
+        (0.01, -3, -4, -2, "worse"),
+        (0.01, 0.5, 0.2, 0.8, "better, by less than matters"),
+        (0.2, 0.5, -0.9, 0.9, "equal"),
+        (0.2, 0.5, -0.9, 1.1, "cannot tell"),
+        (math.nan, 3, 2, 4, "exploratory"),
+    ],
+)
+def test_verdicts(holm, mean, low90, high90, says):
+    row = {"holm": holm, "mean": mean, "low90": low90, "high90": high90, "effect": 1}
+    assert protocol.verdict(row) == says
+
+
+@pytest.fixture
+def small_protocol(tmp_path, monkeypatch):
+    """The protocol on point with three configurations, and the summaries that its runs would write."""
+    monkeypatch.setattr(protocol, "ROOT", tmp_path)
+    family = protocol.FAMILIES["point"]
+    monkeypatch.setitem(protocol.FAMILIES, "point", replace(family, configurations=3))
+
+    def write(phase, lines):
+        rows = ["label,algo,counterpart,alpha,beta,delta,seed,area"]
+        for label, ((alpha, beta, delta), areas, first) in lines.items():
+            arm = label[0]
+            shown = [alpha if arm in "ABCDE" else 0, beta, delta if arm in "BCD" else 0]
+            sizes = ",".join(f"{x:.8g}" for x in shown)
+            rows += [f"{label},x,,{sizes},{seed},{area}" for seed, area in enumerate(areas, first)]
+        folder = tmp_path / "point" / phase
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.csv").write_text("\n".join(rows) + "\n")
+
+    def tuning(beta_order):
+        """Every arm's area is highest at the configuration whose β has this place, and falls from there."""
+        tried = protocol.configurations("point")
+        places = np.argsort(np.argsort(tried[:, 1]))
+        areas = {n: -abs(int(places[n - 1]) - beta_order) for n in (1, 2, 3)}
+        lines = {f"{arm}{n}": (tried[n - 1], [areas[n] + x for x in (0, 0.1, 0.2)], 101)
+                 for arm in "ABCDFG" for n in (1, 2, 3)}  # fmt: skip
+        write("tuning", lines)
+        return int(np.argsort(tried[:, 1])[beta_order]) + 1
+
+    return write, tuning
+
+
+def test_the_best_configuration_is_chosen_and_the_range_extended_where_it_lies_at_an_end(small_protocol):
+    _, tuning = small_protocol
+    middle = tuning(1)
+    assert protocol.chosen("point", "A") == protocol.chosen("point", "E") == middle
+    assert len(protocol.tried("point")) == 3
+    tuning(2)
+    added = protocol.tried("point")[3:]
+    assert np.array_equal(added, protocol.extension("point", upwards=True))
+    alpha, beta, delta = protocol.sizes_of("point", "B")
+    assert protocol.sizes_of("point", "E") == (alpha, pytest.approx(beta + delta / 5, rel=1e-5), 0)
+
+
+def test_the_number_of_seeds_follows_from_the_spread_of_the_differences(small_protocol):
+    """B − A has no spread where all runs of a seed agree: the fewest. With areas 0, x, −x of B its SD is x, and at
+    x = 0.12, for the effect 0.1, it takes 14.3 · 1.44 = 20.6 seeds."""
+    write, tuning = small_protocol
+    tuning(1)
+    assert protocol.seeds_needed("point") == (12, pytest.approx(0, abs=1e-9))
+    tried = protocol.configurations("point")
+    lines = {f"A{n}": (tried[n - 1], [0, 0, 0], 101) for n in (1, 2, 3)}
+    lines |= {f"B{n}": (tried[n - 1], [0, 0.12, -0.12], 101) for n in (1, 2, 3)}
+    write("tuning", lines)
+    assert protocol.seeds_needed("point") == (21, pytest.approx(0.12))
+
+
+def test_the_protocols_runs_and_comparisons_are_checked(small_protocol, tmp_path):
+    write, tuning = small_protocol
+    tuning(1)
+    lines = {arm: (protocol.sizes_of("point", arm), np.arange(12) + i, 1001) for i, arm in enumerate("ABCDEFG")}
+    write(".", lines)
+    (line,) = check.check_protocol()
+    assert line.startswith(f"{tmp_path / 'differences.csv'}: out of date")
+    (tmp_path / "differences.csv").write_text(protocol.text_of_differences())
+    assert list(check.check_protocol()) == []
+    rows = {row["comparison"]: row for row in draw.read_rows(tmp_path / "differences.csv")}
+    assert float(rows["B-A"]["mean"]) == 1 and float(rows["A-F"]["mean"]) == -5
+    assert rows["B-A"]["verdict"] == "better"  # p is 2 / 2^12, times 15
+    assert float(rows["B-A"]["holm"]) == pytest.approx(15 * 2 / 2**12, rel=1e-3)
+    (alpha, beta, delta), areas, first = lines["B"]
+    write(".", lines | {"B": ((alpha, 2 * beta, delta), areas, first)})
+    (line,) = check.check_protocol()
+    assert line.startswith("point/B: beta is")
+    write(".", lines | {"B": ((alpha, beta, delta), areas[1:], first)})
+    assert any("point/B: its seeds are" in line for line in check.check_runs("point"))
+
+
+# --- the figures, and the directions ---
+
+
+def test_the_figures_are_drawn_from_committed_files_alone(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    for env in steps.ENVS:
-        write_grid(tmp_path / env)
-    write_summary(tmp_path / steps.ENVS[0] / "beta12", "fomaml", 0.012, 0, [math.inf] * 5)
-    steps.main(tmp_path)
-    assert (tmp_path / "steps.png").read_bytes()[:4] == b"\x89PNG"
-    assert capsys.readouterr().out.splitlines()[:2] == [
-        f"{steps.ENVS[0]}, fomaml: β 0.003, δ 0: 1.2k [1.2k, 1.2k] env steps, 12 [12, 12] epochs",
-        f"{steps.ENVS[0]}, directed-fomaml: β 0.002, δ 0.01: 1.1k [1.1k, 1.1k] env steps, 11 [11, 11] epochs",
-    ]
+    monkeypatch.setattr(draw, "ROOT", tmp_path)
+    monkeypatch.setattr(protocol, "ROOT", tmp_path / "protocol")
+    curves = "label,against,x,median,low,high\n"
+    for label in ("A", "B"):
+        curves += "".join(f"{label},{key},{x},{x},0,9\n" for key in ("epoch", "env_steps") for x in (1, 2))
+    for folder in (tmp_path / "protocol" / "point", tmp_path / "toy"):
+        write_summary(folder, "A", 0.001, 0, [200, 200])
+        (folder / "curves.csv").write_text(curves)
+    row = {"family": "point", "comparison": "B-A", "mean": 1, "low95": -1, "high95": 2, "low90": 0, "high90": 2}
+    row |= {"effect": 0.5}
+    lines = ",".join(row), ",".join(map(str, row.values()))
+    (tmp_path / "protocol" / "differences.csv").write_text("\n".join(lines) + "\n")
+    draw.main()
+    for name in ("protocol/differences.png", "protocol/point/curves.png", "toy/curves.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_cosines_of_gradients_without_noise_by_hand():

@@ -1,0 +1,158 @@
+"""Draw every figure of this folder from its CSV files; needs matplotlib.
+
+From the repository's root: `python -m results.draw`. Nothing here reads runs: the figures can be drawn again from what
+is committed.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+import maml
+from harness.figures import COLOURS, MARKERS, short
+from results import protocol
+from results.fill import read_summary
+
+ROOT = Path(__file__).parent
+NAMES = {
+    "A": "A: without a δ-step",
+    "B": "B: the medium task",
+    "C": "C: a random task",
+    "D": "D: the epoch's tasks",
+    "E": "E: a larger β",
+    "F": "F: no adaptation",
+    "G": "G: told the task",
+}
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_curves(path, against):
+    """curves.csv -> {label: (x, median, low, high)}."""
+    found = {}
+    for row in read_rows(path):
+        if row["against"] == against:
+            found.setdefault(row["label"], []).append([float(row[key]) for key in ("x", "median", "low", "high")])
+    return {label: np.array(numbers).T for label, numbers in found.items()}
+
+
+def looks(labels):
+    """{label: how its line looks}: the colour and marker of its algorithm where each has one line, else of its place;
+    with the δ-step solid, without dashed."""
+    algos = [label.split(",")[0] for label in labels]
+    bases = [algo.removeprefix("directed-") for algo in algos]
+    order = list(maml.LEARNERS)
+    own = len(set(algos)) == len(algos) and set(bases) <= set(order)
+    found = {}
+    for i, (label, algo, base) in enumerate(zip(labels, algos, bases, strict=True)):
+        place = (order.index(base) if own else i) % len(MARKERS)
+        solid = not own or algo != base
+        look = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": "-" if solid else "--"}
+        found[label] = look | {"markersize": 4, "markerfacecolor": COLOURS[place] if solid else "white"}
+    return found
+
+
+def draw_lines(panel, curves, names=None):
+    """Lines with bands; names: {label: what the legend says}."""
+    for i, (label, look) in enumerate(looks(list(curves)).items()):
+        x, middle, low, high = curves[label]
+        panel.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        panel.plot(x, middle, markevery=(i % 8, 8), label=(names or {}).get(label, label), **look)
+    panel.grid(alpha=0.3)
+    panel.xaxis.set_major_formatter(short)
+
+
+def draw_experiment(plt, folder):
+    """Return after adaptation by epochs and by env steps, up to where half of the lines have ended."""
+    curves = {key: read_curves(folder / "curves.csv", key) for key in ("epoch", "env_steps")}
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
+    for panel, (key, lines) in zip(panels, curves.items(), strict=True):
+        draw_lines(panel, lines)
+        panel.set(xlabel=key.replace("_", " "))
+        ends = sorted(x[-1] for x, *_ in lines.values())
+        panel.set_xlim(0, 1.02 * ends[len(ends) // 2])  # one slow arm does not stretch the axis
+    panels[0].set_ylabel("mean return (undiscounted, EMA 0.9)")
+    seeds = len(next(iter(read_summary(folder).values()))["seed"])
+    name = folder.relative_to(ROOT).as_posix()
+    figure.suptitle(f"{name}: return after adaptation; median of {seeds} seeds, pointwise 95% interval")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_family(plt, name):
+    """The arms of a family of the protocol, over its window."""
+    curves = read_curves(ROOT / "protocol" / name / "curves.csv", "env_steps")
+    summary = read_summary(ROOT / "protocol" / name)
+    figure, panel = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    draw_lines(panel, curves, NAMES)
+    window = protocol.FAMILIES[name].window
+    panel.set(xlim=(0, window), xlabel="env steps", ylabel="mean return after adaptation (EMA 0.9)")
+    seeds = len(summary["A"]["seed"])
+    panel.set_title(f"{name}: tuned arms, {seeds} test seeds; median, pointwise 95% interval", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_differences(plt):
+    """The paired differences of the area, in units of each family's smallest effect of interest."""
+    rows = read_rows(ROOT / "protocol" / "differences.csv")
+    names = {"B-A": "δ-step − none", "B-E": "δ-step − larger β", "B-D": "medium − epoch's tasks",
+             "B-C": "medium − random task", "A-F": "adapting − joint training"}  # fmt: skip
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    size = 2.6 * len(families) + 2.2, 3.6
+    figure, panels = plt.subplots(1, len(families), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for panel, family in zip(panels.flat, families, strict=True):
+        own = {row["comparison"]: row for row in rows if row["family"] == family}
+        panel.axvspan(-1, 1, color="0.9")
+        panel.axvline(0, color="0.5", linewidth=0.8)
+        for place, comparison in enumerate(names):
+            if comparison not in own:
+                continue
+            row = {key: float(own[comparison][key]) for key in ("mean", "low95", "high95", "low90", "high90", "effect")}
+            mean, low95, high95, low90, high90 = (row[key] / row["effect"] for key in list(row)[:5])
+            colour = COLOURS[0] if comparison in protocol.PRIMARY else "0.45"
+            panel.plot([low95, high95], [place, place], color=colour, linewidth=1)
+            panel.plot([low90, high90], [place, place], color=colour, linewidth=3.5)
+            panel.plot(mean, place, "o", color=colour, markerfacecolor="white", markersize=6)
+        panel.set_title(f"{family} (1 = {own['B-A']['effect']})", fontsize=10)
+        panel.set_xlabel("difference of the area", fontsize=9)
+        panel.grid(alpha=0.3, axis="x")
+        panel.set_xscale("symlog", linthresh=2)
+        ticks = [
+            x for x in (-30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30) if panel.get_xlim()[0] <= x <= panel.get_xlim()[1]
+        ]
+        panel.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        panel.set_xticks([], minor=True)
+    panels[0, 0].set_yticks(range(len(names)), list(names.values()))
+    panels[0, 0].invert_yaxis()
+    figure.suptitle(
+        "In smallest effects of interest (grey: too small to matter); mean, 90% and 95% interval", fontsize=11
+    )
+    return figure
+
+
+def main():
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figures = {}
+    if (ROOT / "protocol" / "differences.csv").exists():
+        figures[ROOT / "protocol" / "differences.png"] = draw_differences(plt)
+    for path in sorted(ROOT.glob("**/curves.csv")):
+        folder = path.parent
+        in_protocol = folder.parent.name == "protocol"
+        figures[folder / "curves.png"] = draw_family(plt, folder.name) if in_protocol else draw_experiment(plt, folder)
+    for path, figure in figures.items():
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        print(path.relative_to(ROOT.parent))
+
+
+if __name__ == "__main__":
+    main()
