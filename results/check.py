@@ -58,13 +58,13 @@ def list_experiments(script):
 
 
 def check_protocol():
-    """Every configuration and seed is the protocol's, and differences.csv is what the summaries say."""
-    folders = [name for name in protocol.FAMILIES if (protocol.ROOT / name / "summary.csv").exists()]
-    for name in folders:
+    """Every configuration and seed is the protocol's, and what is computed from the summaries is up to date."""
+    for name in protocol.tested():
         yield from check_runs(name)
-    path = protocol.ROOT / "differences.csv"
-    if folders and (not path.exists() or path.read_text(encoding="utf-8") != protocol.text_of_differences()):
-        yield f"{path}: out of date; run python -m results.protocol"
+    for name, text in protocol.tables().items():
+        path = protocol.ROOT / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            yield f"{path}: out of date; run python -m results.protocol"
 
 
 def check_runs(name):

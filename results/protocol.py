@@ -2,7 +2,7 @@
 
 From the repository's root: `python -m results.protocol point velocity` tunes and tests these families, one process a
 core, and resumes where it stopped; run folders go to runs/protocol/. `--commands point` prints the commands of the test
-runs alone. Without a family it compares what there is: results/protocol/differences.csv.
+runs alone. Without a family it compares what there is: choices.csv and differences.csv in results/protocol/.
 """
 
 import argparse
@@ -283,12 +283,15 @@ def holm(p, count):
     return adjusted
 
 
+def tested():
+    """The families whose test runs are there."""
+    return [name for name in FAMILIES if (ROOT / name / "summary.csv").exists()]
+
+
 def differences():
     """A row for each family and comparison that was run."""
     found = {}
-    for name in FAMILIES:
-        if not (ROOT / name / "summary.csv").exists():
-            continue
+    for name in tested():
         labels = summary_of(name)
         for comparison in COMPARISONS:
             ours, theirs = (labels.get(arm) for arm in comparison.split("-"))
@@ -319,14 +322,37 @@ def verdict(row):
     return "equal" if small else "cannot tell"
 
 
-def text_of_differences():
-    """The text of differences.csv."""
-    rows = differences()
+def choices():
+    """A row for each arm of each family that was run: its step sizes, and which of them are an end of those tried."""
+    rows = []
+    for name in tested():
+        alpha, beta, delta = tried(name).T
+        for arm in FAMILIES[name].arms:
+            row = dict(zip(("family", "arm", "alpha", "beta", "delta"), (name, arm, *sizes_of(name, arm)), strict=True))
+            tuned = {"α": alpha, "β": beta, "δ / β": delta / beta}
+            if arm not in DIRECTED:
+                del tuned["δ / β"]
+            if arm not in ADAPTING:
+                del tuned["α"]
+            place = chosen(name, arm) - 1
+            ends = [f"lowest {what}" for what, values in tuned.items() if place == values.argmin()]
+            ends += [f"highest {what}" for what, values in tuned.items() if place == values.argmax()]
+            rows.append(row | {"ends": "as B" if arm == "E" else ", ".join(ends) or "none"})
+    return rows
+
+
+def text_of(rows):
+    """Rows as the text of a CSV file."""
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{x:.4g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
     return file.getvalue()
+
+
+def tables():
+    """{file: text} of what is computed from the summaries."""
+    return {"choices.csv": text_of(choices()), "differences.csv": text_of(differences())}
 
 
 def main(arguments=None):
@@ -342,7 +368,8 @@ def main(arguments=None):
         tune(name)
         test(name)
     if not args.commands:
-        write(ROOT / "differences.csv", text_of_differences())
+        for file, text in tables().items():
+            write(ROOT / file, text)
 
 
 if __name__ == "__main__":

@@ -392,6 +392,20 @@ def test_the_best_configuration_is_chosen_and_the_range_extended_where_it_lies_a
     assert protocol.sizes_of("point", "E") == (alpha, pytest.approx(beta + delta / 5, rel=1e-5), 0)
 
 
+def test_choices_say_which_step_sizes_lie_at_an_end_of_those_tried(small_protocol):
+    write, tuning = small_protocol
+    best = tuning(0) - 1
+    write(".", {arm: (protocol.sizes_of("point", arm), range(12), 1001) for arm in "ABCDEFG"})
+    rows = {row["arm"]: row for row in protocol.choices()}
+    every = protocol.tried("point")
+    assert len(every) == 4  # β is the lowest of three, and one is beyond
+    assert rows["F"]["ends"] == "none" and rows["E"]["ends"] == "as B"
+    alpha, ratio = every[:, 0], every[:, 2] / every[:, 1]
+    for what, values in (("α", alpha), ("δ / β", ratio)):
+        assert (f"lowest {what}" in rows["B"]["ends"]) == (best == values.argmin())
+        assert (f"highest {what}" in rows["B"]["ends"]) == (best == values.argmax())
+
+
 def test_the_number_of_seeds_follows_from_the_spread_of_the_differences(small_protocol):
     """B − A has no spread where all runs of a seed agree: the fewest. With areas 0, x, −x of B its SD is x, and at
     x = 0.12, for the effect 0.1, it takes 14.3 · 1.44 = 20.6 seeds."""
@@ -410,9 +424,10 @@ def test_the_protocols_runs_and_comparisons_are_checked(small_protocol, tmp_path
     tuning(1)
     lines = {arm: (protocol.sizes_of("point", arm), np.arange(12) + i, 1001) for i, arm in enumerate("ABCDEFG")}
     write(".", lines)
-    (line,) = check.check_protocol()
-    assert line.startswith(f"{tmp_path / 'differences.csv'}: out of date")
-    (tmp_path / "differences.csv").write_text(protocol.text_of_differences())
+    assert [line.split(": ")[0] for line in check.check_protocol()] == [
+        str(tmp_path / name) for name in ("choices.csv", "differences.csv")
+    ]
+    protocol.main([])
     assert list(check.check_protocol()) == []
     rows = {row["comparison"]: row for row in draw.read_rows(tmp_path / "differences.csv")}
     assert float(rows["B-A"]["mean"]) == 1 and float(rows["A-F"]["mean"]) == -5
@@ -420,7 +435,7 @@ def test_the_protocols_runs_and_comparisons_are_checked(small_protocol, tmp_path
     assert float(rows["B-A"]["holm"]) == pytest.approx(15 * 2 / 2**12, rel=1e-3)
     (alpha, beta, delta), areas, first = lines["B"]
     write(".", lines | {"B": ((alpha, 2 * beta, delta), areas, first)})
-    (line,) = check.check_protocol()
+    (line,) = check.check_runs("point")
     assert line.startswith("point/B: beta is")
     write(".", lines | {"B": ((alpha, beta, delta), areas[1:], first)})
     assert any("point/B: its seeds are" in line for line in check.check_runs("point"))
