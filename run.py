@@ -31,7 +31,8 @@ from harness.checkpoints import RunError
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
 from harness.errors import first_line
-from harness.log import Rows, fail, fetched, log_epoch, measure
+from harness.gyms import info_names
+from harness.log import Rows, fail, fetched, info_means, log_epoch, log_evaluation, measure
 from harness.optimizers import OPTIMIZERS
 from harness.ranks import check_ranks
 from harness.sampling import open_sampler
@@ -169,7 +170,7 @@ class TaskLoss:
     pooled: (S, 1), K trajectories in all, K / M of each, as one task whose φ differs from episode to episode.
 
     Of the M tasks it takes its `own` alone, with the noise that they have in any company. Keeps the mean undiscounted
-    return (S, M) of every call, and sums up env steps (S,); finite: every loss of a run was (S,).
+    return (S, M) and `info_means` of every call, sums up env steps (S,); finite: every loss of a run was (S,).
     """
 
     def __init__(self, batch, purpose, phi, own=slice(None), pooled=False):
@@ -180,7 +181,7 @@ class TaskLoss:
             self.num_trajectories //= len(self.tasks)
         options = {key: batch.settings[key] for key in policies.OPTIONS}
         self.loss = partial(policies.loss, head=batch.head, **options)
-        self.returns, self.env_steps, self.finite = [], 0, True
+        self.returns, self.info, self.env_steps, self.finite = [], [], 0, True
 
     def __call__(self, params):
         trajectories = self.draw(params)
@@ -196,6 +197,7 @@ class TaskLoss:
         if self.pooled:
             trajectories = {key: x.flatten(1, 2).unsqueeze(1) for key, x in trajectories.items()}  # (S, 1, K, ...)
         self.returns.append(trajectories["rewards"].sum(3).mean(2))
+        self.info.append(info_means(trajectories))
         return trajectories
 
     def kl(self, theta):
@@ -258,13 +260,15 @@ def penalised(meta_learner, eta, ranks):
 
 
 def evaluate(batch):
-    """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps, as rows of every run's eval.csv."""
+    """Returns on the held-out grid (G, P) after 0, 1, .. eval_steps inner steps, and what the environment says of the
+    episodes (`info_means`), as rows of every run's eval.csv."""
     num_steps, ranks = batch.settings["eval_steps"], batch.ranks
     grid = envs.held_out_tasks(batch.env, batch.settings["eval_range"], batch.settings["eval_values"])
     phi = batch.sample.placed(grid.expand(len(batch.runs), *grid.shape))
     task_loss = TaskLoss(batch, EVALUATION, phi, ranks.tasks)
-    returns = torch.zeros(len(batch.runs), len(grid), num_steps + 1, dtype=torch.float64)
-    own = returns[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1)
+    columns = 1 + len(info_names(batch.env))
+    outcomes = torch.zeros(len(batch.runs), len(grid), num_steps + 1, columns, dtype=torch.float64)
+    own = outcomes[:, ranks.tasks]  # a view: (S, this rank's share of G, steps + 1, return and info)
     if own.numel():
         theta = maml.expand(batch.theta, own.shape[1])
         objective = task_loss
@@ -273,14 +277,10 @@ def evaluate(batch):
             objective = maml.proximal(task_loss, theta, lambda_)
         adapted = maml.adapt(theta, objective, batch.eval_alpha, num_steps, second_order=False)
         task_loss({name: p.detach() for name, p in adapted.items()})  # the returns after the last step
-        own.copy_(torch.stack(task_loss.returns, 2))
-    ranks.sum([returns])
-    names = [" ".join(f"{x:g}" for x in phi) for phi in grid.tolist()]
-    for run, by_task in zip(batch.runs, returns.tolist(), strict=True):
-        batch.rows.add(run, "eval", [
-            [batch.epochs_done, name, step, x]
-            for name, by_step in zip(names, by_task, strict=True) for step, x in enumerate(by_step)
-        ])  # fmt: skip
+        own[..., 0].copy_(torch.stack(task_loss.returns, 2))
+        own[..., 1:].copy_(torch.stack(task_loss.info, 2))
+    ranks.sum([outcomes])
+    log_evaluation(batch, grid, outcomes)
 
 
 # --- a batch of runs ---

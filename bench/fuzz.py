@@ -202,7 +202,7 @@ def wrong_with(code, error, trace, right):
     """What an outcome violates, in words; "" if nothing."""
     if trace:
         return "a traceback"
-    lines = error.splitlines()
+    lines = [line for line in error.splitlines() if not line.startswith("warning: ")]
     if not all(line.startswith("run.py: ") for line in lines):
         return "standard error holds other lines"
     diverged = code == 1 and lines and all("is not finite" in line for line in lines)  # one line for each run

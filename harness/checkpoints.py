@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import zipfile
 from dataclasses import dataclass, field
@@ -31,9 +32,10 @@ CHECKPOINT, PENDING, FAILED = "checkpoint.pt", "checkpoint.pt.tmp", "failed.txt"
 TABLES = {  # the CSV files, and their columns
     "log": ["epoch", "env_steps", "seconds", "sample_seconds", "return_pre", "return_post", "return_med", "delta_norm",
             "beta_norm", "delta_beta_cosine", "kl"],
-    "eval": ["epoch", "phi", "step", "return"],
+    "eval": ["epoch", "phi", "step", "return"],  # and then those of state["info"]
 }
 # fmt: on
+HUGE = 1e100  # sums and squares of larger numbers overflow, and the report does not read them
 RUN_FILES = [CHECKPOINT, PENDING, FAILED, "log.csv", "eval.csv", "config.json"]
 TENSORS = ("theta", "alpha", "optimizer")  # what of a state is stacked when runs train together
 REMEDY = "restore it, or start again with --overwrite"
@@ -54,7 +56,8 @@ class Run:
 
     state: how far it has come, with format, settings, epoch, theta (a dict of leaves (1, 1, ...)),
     alpha (the same where it is learned, or {}), optimizer ({index of the parameter: its tensors}),
-    totals (env_steps, seconds, ..), and the rows of log.csv and eval.csv.
+    totals (env_steps, seconds, ..), the rows of log.csv and eval.csv, and info, the columns of
+    eval.csv for what the environment reports.
     """
 
     folder: Path
@@ -63,6 +66,17 @@ class Run:
     # what a checkpoint from before a flag stands for: {setting: its value}
     before_flags: dict = field(default_factory=dict)
     place: tuple | None = None  # the `identity` of its folder, once it is locked
+
+
+def columns_of(table, state):
+    """The columns of log.csv or eval.csv."""
+    return TABLES[table] + (state["info"] if table == "eval" else [])
+
+
+def is_info(name):
+    """Whether a column of eval.csv may have this name of a number in an environment's info."""
+    plain = isinstance(name, str) and re.fullmatch(r"\w[\w .:/-]{0,99}", name)
+    return bool(plain) and name not in TABLES["eval"]
 
 
 def flag_of(name):
@@ -244,15 +258,19 @@ def check_absent(run):
         raise RunError(f"{run.folder}: this run exists; {remedy}", 2)
 
 
-def begin(run, config, evaluated):
+def begin(run, config, evaluated, info):
     """Make the run's folder ready for training from its state on. evaluated: the epochs at which an
     evaluation belongs; one off the schedule, at what was the last epoch, is not one that a longer
-    run would have made."""
+    run would have made. info: what its evaluations take from the environment's info; a column of
+    those before stays, and in a new one their cells are empty."""
     (run.folder / FAILED).unlink(missing_ok=True)
     write_atomically(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
-    run.state["eval"] = [row for row in run.state["eval"] if row[0] in evaluated]
-    for table, columns in TABLES.items():
-        text = csv_lines([columns, *run.state[table]])
+    new = [name for name in info if name not in run.state["info"]]
+    run.state["info"] = run.state["info"] + new
+    rows = [row for row in run.state["eval"] if row[0] in evaluated]
+    run.state["eval"] = [row + [None] * len(new) for row in rows]
+    for table in TABLES:
+        text = csv_lines([columns_of(table, run.state), *run.state[table]])
         write_atomically(run.folder / f"{table}.csv", text)
 
 
@@ -331,7 +349,7 @@ def load(path):
     if str(state.get("format")) != str(FORMAT):  # as text: it may even be a tensor
         problem = f"its format is {str(state.get('format'))[:40]}, this program's is {FORMAT}"
         raise RunError(f"{path}: {problem}; {REMEDY}")
-    return state
+    return {"info": []} | state  # which runs from before --info do not have
 
 
 def check_members(content):
@@ -386,7 +404,11 @@ def check_layout(state, first, path):
             raise RunError(f"{path}: {name} is {got.get(name)}, expected {expected.get(name)}; {REMEDY}")
     if state["epoch"] < 1:
         raise RunError(f"{path}: epoch is {state['epoch']}, expected at least 1; {REMEDY}")
-    for table, columns in TABLES.items():
+    if not all(map(is_info, state["info"])):
+        problem = f"info is {str(state['info'])[:40]}, expected columns of eval.csv"
+        raise RunError(f"{path}: {problem}; {REMEDY}")
+    for table in TABLES:
+        columns = columns_of(table, state)
         for row in state[table]:
             if not isinstance(row, list) or len(row) != len(columns) or not all(map(is_cell, row)):
                 raise RunError(f"{path}: {str(row)[:40]} is no row of {','.join(columns)}; {REMEDY}")

@@ -23,6 +23,8 @@ LOOKS = [("#000000", "o", ":"), ("#0072B2", "s", "-"), ("#D55E00", "D", "--")]
 
 BAND = 3  # runs from which there is a band: that of two, 13 times their range, would hide all else
 MOST = 40  # lines that a figure shows
+MOST_COMPONENTS = 6  # of φ, each of which has a panel
+MOST_TICKS = 20  # tasks of a list that a panel names
 
 
 # --- numbers ---
@@ -61,16 +63,26 @@ def passages(runs, criterion, thresholds):
     return thresholds, *np.where(reached, np.minimum(numbers, end), math.nan)
 
 
-def held_out(runs):
-    """The last evaluation of runs that have one: (x (G,), returns (runs, steps + 1, G)); x is φ,
-    or φ's distance from the grid's centre, over equal ones of which the returns are averaged."""
+def held_out(runs, component):
+    """The last evaluation of runs that have one, by a component of φ: (its X values, returns (runs,
+    steps + 1, X), means over all other components). Of tasks in a list, component None, the values
+    are their places in it: 0, 1, .."""
     phi = runs[0].evaluation["phi"]  # (G, P), the same for all
     returns = np.stack([run.evaluation["returns"] for run in runs])
-    if phi.shape[1] == 1:
-        return phi[:, 0], returns
-    distance = np.linalg.norm(phi - phi.mean(0), axis=1).round(9)
-    groups = np.unique(distance)
-    return groups, np.stack([returns[:, :, distance == d].mean(2) for d in groups], axis=2)
+    if component is None:
+        return np.arange(len(phi)), returns
+    values = np.unique(phi[:, component])
+    by_value = [returns[:, :, phi[:, component] == x].mean(2) for x in values]
+    return values, np.stack(by_value, axis=2)
+
+
+def components_of(run):
+    """The components of φ, each of which has a panel; [None] where the held-out tasks are a list,
+    which may be of names: what lies between two is no task, and no line joins them."""
+    config = run.config
+    if config.get("eval_values") or (config.get("values") and not config.get("eval_range")):
+        return [None]
+    return range(min(len(config["phi_names"]), MOST_COMPONENTS))
 
 
 # --- looks ---
@@ -216,40 +228,63 @@ def draw_lines(plt, axes, labels, lines, draw_threshold):
 
 
 def draw_adaptation(plt, labels):
-    """Held-out return before and after adaptation against φ, one panel a label; all runs have an
-    evaluation."""
-    columns = min(len(labels), 4)
-    rows = math.ceil(len(labels) / columns)
+    """Held-out return before and after adaptation against φ, a panel for each label and component
+    of φ; all runs have an evaluation."""
+    shown = [(label, x) for label, runs in labels.items() for x in components_of(runs[0])]
+    each = len(shown) // len(labels)  # panels of a label, which stand side by side
+    columns = min(len(shown), each * max(4 // each, 1))
+    rows = math.ceil(len(shown) / columns)
     size = max(0.8 + 3.2 * columns, 6), 1.6 + 2.8 * rows
-    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    shared = {"sharey": True, "squeeze": False}
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", **shared)
-    for panel in panels.flat[len(labels) :]:
+    for panel in panels.flat[len(shown) :]:
         panel.set_visible(False)
-    for i, (label, runs) in enumerate(labels.items()):
-        panel = panels.flat[i]
-        draw_panel(panel, runs)
+    for panel, (label, component) in zip(panels.flat, shown, strict=False):
+        runs = labels[label]
+        draw_panel(panel, runs, component)
         epochs = span([run.evaluation["epoch"] for run in runs])
         heading = f"{textwrap.fill(label, 36)}\n{counted(len(runs), 'run')}, epoch {epochs}"
         panel.set_title(heading, fontsize=9)
         panel.grid(alpha=0.3)
-        if i + columns >= len(labels):  # the lowest panel of its column
-            names = runs[0].config["phi_names"]
-            panel.set_xlabel(names[0] if len(names) == 1 else "distance of φ from the mean task")
-            panel.tick_params(labelbottom=True)
     figure.supylabel("mean return (undiscounted)", fontsize=10)
-    finish(figure, panels.flat[0], labels, "held-out tasks before and after adaptation")
+    said = "held-out tasks before and after adaptation"
+    if each > 1:
+        names = runs[0].config["phi_names"]
+        said += f", by {each} of {len(names)} components of φ, means over the others"
+    finish(figure, panels.flat[0], labels, said)
     return figure
 
 
-def draw_panel(panel, runs):
-    """Returns against φ before adaptation, after one inner step and after the last."""
-    x, returns = held_out(runs)
+def draw_panel(panel, runs, component):
+    """Returns against a component of φ before adaptation, after one inner step and after the last;
+    marks side by side for each task of a list, component None."""
+    x, returns = held_out(runs, component)
     last = returns.shape[1] - 1
     steps = sorted({0, min(1, last), last})
-    for step, (colour, mark, line) in zip(steps, LOOKS, strict=False):
+    name_axis(panel, runs[0], component)
+    for i, (step, (colour, mark, line)) in enumerate(zip(steps, LOOKS, strict=False)):
         middle, low, high = median_interval(returns[:, step])
-        if len(runs) >= BAND:
-            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        at = x
+        if component is None:
+            at, line = x + 0.2 * (i - (len(steps) - 1) / 2), "none"
+        if len(runs) >= BAND and component is None:
+            panel.vlines(at, low, high, color=colour, alpha=0.4)
+        elif len(runs) >= BAND:
+            panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         name = f"after {counted(step, 'inner step')}" if step else "before adaptation"
         look = {"color": colour, "marker": mark, "linestyle": line, "markersize": 4}
-        panel.plot(x, middle, label=name, **look)
+        panel.plot(at, middle, label=name, **look)
+
+
+def name_axis(panel, run, component):
+    """The name of a component of φ; of a list of tasks all names, and a tick for each task, or for
+    some of very many."""
+    names = run.config["phi_names"]
+    if component is not None:
+        panel.set_xlabel(names[component])
+        return
+    panel.set_xlabel(", ".join(names))
+    tasks = [" ".join(f"{number:g}" for number in phi) for phi in run.evaluation["phi"]]
+    every = math.ceil(len(tasks) / MOST_TICKS)
+    rotation = 90 if sum(map(len, tasks[::every])) > MOST_TICKS else 0
+    panel.set_xticks(range(0, len(tasks), every), tasks[::every], rotation=rotation)

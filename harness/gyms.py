@@ -21,7 +21,7 @@ import envs
 from envs import ArgumentError, Env
 from harness.errors import first_line, hint
 from harness.parameters import keywords_of, numbers_of, parameter, path_parts, set_parameter
-from harness.trial import check_range, check_tasks
+from harness.trial import check_range, check_tasks, number_in, warn_of_missing
 
 
 @dataclass(eq=False)
@@ -42,7 +42,11 @@ class Gymnasium:
     keywords: dict = field(default_factory=dict)  # of the constructor, the same in every episode
     first_action: int = 0  # of discrete ones; those of envs.py begin with 0
     whole_actions: str = ""  # the box holds whole numbers, of this dtype
+    info: tuple[str, ...] = ()  # the numbers of a step's info that are kept of an episode's end
+    own: slice = field(default_factory=lambda: slice(None))  # of the B·K; others count as ended
     instances: dict = field(default_factory=dict)  # by the index in (B, K), for the next rollout
+    tried: set = field(default_factory=set)  # names of the numbers that trial episodes report
+    reported: np.ndarray | None = None  # (B·K, N), `info` at the ends of the last rollout's episodes
 
     def __getstate__(self):
         """A spawned process makes environments of its own, since not all can be pickled."""
@@ -50,7 +54,7 @@ class Gymnasium:
 
     def changed(self, **changes):
         """The same but for the changes, with instances of its own."""
-        return replace(self, instances={}, **changes)
+        return replace(self, instances={}, tried=set(), **changes)
 
     @property
     def whole(self):
@@ -96,16 +100,17 @@ class Gymnasium:
         actions = np.nan_to_num(actions)
         return np.rint(actions).astype(self.whole_actions) if self.whole_actions else actions
 
-    def __call__(self, phi, noise, xp, own=slice(None)):
-        """Env's dynamics. Of the B·K trajectories all but its `own` count as ended."""
+    def __call__(self, phi, noise, xp):
+        """Env's dynamics."""
         shape, count = noise.shape[:2], noise[..., 0].size
         phi = np.broadcast_to(phi.astype(float), (*shape, phi.shape[-1])).reshape(count, -1).tolist()
         seeds = [int(u * 2**24) for u in noise[..., 0].ravel().tolist()]
-        running = list(range(count))[own]
+        running = list(range(count))[self.own]
         first = {i: self.reset(i, phi[i], seeds[i]) for i in running}
         obs = np.zeros((count, len(first[running[0]])), np.float32)
         rewards = np.zeros(count, np.float32)
         terminated, ended = np.zeros(count, bool), np.ones(count, bool)
+        self.reported = np.full((count, len(self.info)), np.nan)
         for i in running:
             obs[i], ended[i] = first[i], False
         self.check_finite(obs, rewards)
@@ -117,8 +122,9 @@ class Gymnasium:
             actions = self.taken(action.reshape(count, *action.shape[2:]))
             rewards[:] = 0
             for i in tuple(running):
-                observed, reward, final, truncated, _ = self.instances[i].step(actions[i])
+                observed, reward, final, truncated, info = self.instances[i].step(actions[i])
                 obs[i], rewards[i] = observed.ravel(), np.asarray(reward).item()
+                self.reported[i] = [number_in(info, name) for name in self.info]
                 if final or truncated:
                     terminated[i], ended[i] = final, True
                     running.remove(i)
@@ -156,16 +162,18 @@ def family_of(settings):
     """The task family that settings describe, those of a command line or of a run."""
     bounds = None if settings["values"] else settings["range"]
     name, names, horizon = settings["env"], settings["param"], settings["horizon"]
-    env = make(name, names, bounds, horizon, settings["values"], settings.get("make"))
+    keywords, info = settings.get("make"), settings.get("info")
+    env = make(name, names, bounds, horizon, settings["values"], keywords, info)
     env = replace(env, task_dist=settings["task_dist"] or env.task_dist)
     return envs.with_phi_observed(env) if settings["oracle"] else env
 
 
-def make(name, names=None, bounds=None, horizon=None, values=None, keywords=None):
+def make(name, names=None, bounds=None, horizon=None, values=None, keywords=None, info=None):
     """The task family `name`, one of FAMILIES or a gymnasium id, with φ, Φ and the horizon given.
 
     names: parameters of the gymnasium environment that are φ; bounds, values: as in
-    `envs.with_tasks`; keywords: for its constructor, a list of NAME=VALUE.
+    `envs.with_tasks`; keywords: for its constructor, a list of NAME=VALUE; info: names of numbers
+    in its info, beside those of SUCCESS.
     """
     fixed = dict(map(keyword_of, keywords or []))
     env = FAMILIES.get(name)
@@ -187,7 +195,19 @@ def make(name, names=None, bounds=None, horizon=None, values=None, keywords=None
         check_tasks(env, "values", env.values)
     elif env.is_gymnasium:
         check_range(env)
+    if env.is_gymnasium:
+        warn_of_missing(env.dynamics, info or ())
+        success = [name for name in SUCCESS if name in env.dynamics.tried]
+        env.dynamics.info = tuple(dict.fromkeys([*success, *(info or ())]))
     return env
+
+
+SUCCESS = ("success", "is_success")  # what is taken of an info by itself
+
+
+def info_names(env):
+    """The numbers that are kept of an episode's end, beside its return."""
+    return env.dynamics.info if env.is_gymnasium else ()
 
 
 def keyword_of(word):

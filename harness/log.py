@@ -1,11 +1,13 @@
 """What an epoch leaves to log, and the rows of log.csv and eval.csv on their way to the disk."""
 
+import math
 import time
 from collections import defaultdict
 
 import torch
 
 from harness import checkpoints, measures
+from harness.gyms import info_names
 
 SECONDS = 1  # between two writes: opening the files of 256 runs takes longer than their epoch
 
@@ -102,6 +104,30 @@ def log_epoch(batch, measured, seconds):
         cosine = product / (delta_norm * beta_norm) if delta_norm and beta_norm else None
         batch.rows.add(run, "log", [[run.state["epoch"], *times, pre, post, med, delta_norm, beta_norm, cosine, kl]])
     return finite.tolist()
+
+
+def info_means(trajectories):
+    """The mean of each number in an environment's info over those of a task's episodes that report
+    it at their end, NaN where none does: (S, M, N)."""
+    if "info" not in trajectories:
+        return trajectories["rewards"][:, :, 0, :0]  # N = 0
+    return trajectories["info"].nanmean(2)
+
+
+def log_evaluation(batch, grid, outcomes):
+    """Add an evaluation to every run's rows of eval.csv. grid: the held-out tasks (G, P); outcomes:
+    (S, G, steps + 1, 1 + N), the return and the N numbers of `info_means`."""
+    names = [" ".join(f"{x:g}" for x in phi) for phi in grid.tolist()]
+    for run, by_task in zip(batch.runs, outcomes.tolist(), strict=True):
+        rows = []
+        for name, by_step in zip(names, by_task, strict=True):
+            for step, (mean_return, *means) in enumerate(by_step):
+                info = dict(zip(info_names(batch.env), means, strict=True))
+                # state["info"] has the names of earlier commands too
+                found = [info.get(x, math.nan) for x in run.state["info"]]
+                cells = [None if math.isnan(x) else x for x in found]
+                rows.append([batch.epochs_done, name, step, mean_return, *cells])
+        batch.rows.add(run, "eval", rows)
 
 
 def fail(batch, run):

@@ -83,13 +83,18 @@ def summarise(run, env_steps):
 
 
 def held_out_returns(run):
-    """Mean returns over the held-out tasks inside and outside Φ by inner steps; NaN of no tasks."""
+    """Mean returns over the held-out tasks inside and outside Φ by inner steps; NaN of no tasks.
+    The names of what the environment reports end its columns."""
     row = {}
     if run.evaluation:
         inside = inside_phi(run)
         for where, tasks in (("inside", inside), ("outside", ~inside)):
             for step, returns in enumerate(run.evaluation["returns"]):
                 row[f"held_out_{where}_{step}"] = returns[tasks].mean() if tasks.any() else math.nan
+            for name, by_step in run.evaluation["info"].items():
+                for step, values in enumerate(by_step):
+                    there = values[tasks & ~np.isnan(values)]
+                    row[f"held_out_{where}_{step}_{name}"] = there.mean() if len(there) else math.nan
     return row
 
 
@@ -185,13 +190,14 @@ def counterpart_of(label, labels):
     return ""
 
 
-def by_inner_steps(runs, where):
-    """Held-out returns "inside" or "outside" Φ."""
+def by_inner_steps(runs, where, info=False):
+    """Held-out returns "inside" or "outside" Φ; info: what the environment reports instead."""
     found, prefix = {}, f"held_out_{where}_"
     for key in runs:
-        if key.startswith(prefix):
-            steps = counted(int(key.removeprefix(prefix)), "step")
-            found[f"{where} Φ, {steps}"] = with_interval(without_failed(runs, key))
+        step, _, name = key.removeprefix(prefix).partition("_")
+        if key.startswith(prefix) and bool(name) == info:
+            column = f"{name} {where} Φ, {counted(int(step), 'step')}".strip()
+            found[column] = with_interval(without_failed(runs, key))
     return found
 
 
@@ -241,7 +247,8 @@ def cells_by_table(label, labels):
         found[criterion] = convergence_cells(label, labels, criterion)
     for where in ("inside", "outside"):
         found[where] = by_inner_steps(runs, where)
-    return found
+    inside, outside = (by_inner_steps(runs, where, info=True) for where in ("inside", "outside"))
+    return found | {"info": inside | outside}
 
 
 def cells(name, label, labels):
@@ -329,6 +336,11 @@ that of --values, on which the runs trained. Lines whose names differ in eval_ra
 eval_alpha were evaluated on other tasks or with another α: their returns here cannot be compared.
 """
 
+INFO = """
+Numbers in the environment's info at an episode's end, a switch such as success as 0 or 1: the mean
+over those of a task's episodes that report it, and then over the tasks of the last evaluation.
+"""
+
 
 def text(labels, title, threshold):
     """report.md, made of a summary's {label: {column: values}} alone."""
@@ -354,6 +366,9 @@ def text(labels, title, threshold):
     if found["inside"] or found["outside"]:
         parts += ["## Held-out return by inner steps", found["inside"], found["outside"], arms]
         parts += [about(HELD_OUT)]
+    if found["info"]:
+        parts += ["## What the environment reports of the held-out tasks", found["info"], arms]
+        parts += [about(INFO)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

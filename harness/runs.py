@@ -15,7 +15,7 @@ from statistics import mode
 import numpy as np
 
 import maml
-from harness.checkpoints import CHECKPOINT, FAILED
+from harness.checkpoints import CHECKPOINT, FAILED, HUGE, is_info
 from harness.gyms import FAMILIES
 from harness.settings import ALL_SETTINGS, default_of
 from harness.text import printable, setting_text
@@ -29,7 +29,6 @@ DELTA_STEP = {x.name for x in COMPARED if x.needs == ALL_SETTINGS["delta"].needs
 
 LARGEST = {"config.json": 10**6, "log.csv": 10**8, "eval.csv": 10**8}  # bytes, of a million epochs
 LONGEST = 200  # characters of a text in config.json
-HUGE = 1e100  # sums and squares of larger numbers overflow
 
 # What config.json holds; [kind]: a list of those.
 NUMBER = (int, float)
@@ -44,7 +43,9 @@ class LoggedRun:
 
     config: dict
     log: dict  # {column of log.csv: (E,)}
-    evaluation: dict | None  # the last that is complete: epoch, phi (G, P), returns (steps + 1, G)
+    # The last that is complete: epoch, phi (G, P), returns (steps + 1, G), and of what the environment
+    # reports info, {name: (steps + 1, G)}.
+    evaluation: dict | None
     failed: bool
 
     def __post_init__(self):
@@ -311,5 +312,9 @@ def parse_evaluation(text, config):
     phi = np.array([numbers(row["phi"].split()) for row in rows[::steps]])
     if phi.shape[1:] != (len(config["phi_names"]),) or not np.isfinite(phi).all():
         raise ValueError(f"a φ does not consist of {config['phi_names']}")
-    returns = numbers([row["return"] for row in rows]).reshape(-1, steps).T
-    return {"epoch": epoch, "phi": phi, "returns": returns}
+
+    def by_steps(column):
+        return numbers([row[column] for row in rows]).reshape(-1, steps).T
+
+    info = {name: by_steps(name) for name in rows[0] if is_info(name)}
+    return {"epoch": epoch, "phi": phi, "returns": by_steps("return"), "info": info}

@@ -15,6 +15,7 @@ import policies
 from harness.checkpoints import RunError
 from harness.device import step_compiler
 from harness.errors import with_place
+from harness.gyms import info_names
 from harness.processes import ProcessError, end, end_with_parent, signals_blocked, start
 
 
@@ -82,7 +83,13 @@ class DeviceSampler:
 
 
 def rollout_here(env, make_act, params, phi, noise):
-    return envs.rollout(env, make_act(params), phi, noise)
+    """`envs.rollout`, and where an environment is asked for it also its `info` (S, M, K, N), the
+    numbers that it reports at an episode's end."""
+    trajectories = envs.rollout(env, make_act(params), phi, noise)
+    if info_names(env):
+        lead = noise["reset"].shape[:3]
+        trajectories["info"] = env.dynamics.reported.reshape(*lead, -1)
+    return trajectories
 
 
 def rollout_of_stranger(env, make_act, params, phi, noise):
@@ -154,7 +161,7 @@ def serve(pipe, env, make_act, index, count):
     end_with_parent()
     torch.set_num_threads(1)
     own = slice(index, None, count)
-    env = replace(env, dynamics=partial(env.dynamics, own=own))
+    env = replace(env, dynamics=env.dynamics.changed(own=own))
     with contextlib.suppress(EOFError, OSError):  # the main process ended
         while True:
             params, phi, noise = pipe.recv()

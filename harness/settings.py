@@ -102,6 +102,14 @@ def seeds(text):
     return all_of_them
 
 
+def info_name(text):
+    """An argparse type: what may be a column of eval.csv beside those that it has."""
+    if not checkpoints.is_info(text):
+        others = ", ".join(checkpoints.TABLES["eval"])
+        raise wrong(text, f"expected letters, digits, blanks and _ . : / -, and other than {others}")
+    return text
+
+
 # --- algorithms: the learners of maml.py, each with and without the δ-step ---
 
 
@@ -159,6 +167,12 @@ SEVERAL_STEPS = Need("--inner-steps 2 or more", lambda args, algo: args.inner_st
 REPLAYING = both(
     Need("--outer-steps 2 or more", lambda args, algo: (args.outer_steps or 1) > 1),
     Need("a learner other than reptile", lambda args, algo: learner_of(algo).losses_after > 0),
+)
+
+
+GYMNASIUM = Need(
+    "an environment of gymnasium's",
+    lambda args, algo: args.env not in gyms.FAMILIES or gyms.FAMILIES[args.env].is_gymnasium,
 )
 
 
@@ -273,6 +287,9 @@ SETTINGS = {
                 None, "Φ", "+"),
         Setting("eval_values", "the held-out tasks, one after the other", "3 4", number(float), None,
                 "those of --values", "+"),
+        Setting("info", "numbers or switches in the environment's info at an episode's end, whose means on the "
+                "held-out tasks stand beside the returns; success and is_success need no asking", "crashed",
+                info_name, None, "none", "+", needs=GYMNASIUM, identity=False),
         Setting("watch", "show one episode of that run's policy, adapted to a task: a GIF in its folder, and a window "
                 "where there is a display", "runs/cartpole-pg/maml/seed1 --phi 12", Path, identity=False),
         Setting("phi", "the task to watch", "12", number(float), None, "the mean task", "+", needs=WATCH,

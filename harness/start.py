@@ -13,6 +13,7 @@ import maml
 import policies
 from harness import checkpoints
 from harness.checkpoints import Run
+from harness.gyms import info_names
 from harness.settings import before_flags, learner_of, plan
 
 
@@ -41,7 +42,7 @@ def first_state(settings, env):
         optimizer = {i: {"step": torch.tensor(0.0), "exp_avg": z, "exp_avg_sq": z.clone()} for i, z in enumerate(zeros)}
     totals = {"env_steps": 0, "seconds": 0.0, "sample_seconds": 0.0, "smoothed": math.nan, "converged": False}
     state = {"format": checkpoints.FORMAT, "settings": settings, "epoch": 0, "totals": totals, "log": [], "eval": []}
-    return state | {"theta": theta, "alpha": alpha, "optimizer": optimizer}
+    return state | {"info": [], "theta": theta, "alpha": alpha, "optimizer": optimizer}
 
 
 def begin(run, args, env, device, runs_in_batch):
@@ -49,4 +50,5 @@ def begin(run, args, env, device, runs_in_batch):
     versions = {m.__name__: m.__version__ for m in (torch, gymnasium, numpy)} | {"python": platform.python_version()}
     here = {"epochs": args.epochs, "eval_every": args.eval_every, "threshold": args.threshold, "device": device}
     here |= {"phi_names": list(env.phi_names), "runs_in_batch": runs_in_batch, "versions": versions}
-    checkpoints.begin(run, run.settings | here, {args.epochs, *range(0, args.epochs, args.eval_every)})
+    evaluated = {args.epochs, *range(0, args.epochs, args.eval_every)}
+    checkpoints.begin(run, run.settings | here, evaluated, info_names(env))

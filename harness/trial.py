@@ -5,10 +5,12 @@ import contextlib
 import math
 import random
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 
 from envs import ArgumentError
+from harness.checkpoints import HUGE, is_info
 from harness.errors import first_line, warn, with_place
 
 MOST_STEPS = 200  # of an episode that is tried
@@ -122,7 +124,10 @@ def random_episode(env, phi):
     instance.action_space.seed(0)
     episode, over = [promised_reset(instance)], False
     while not over and len(episode) <= min(env.horizon, MOST_STEPS):
-        seen, over = promised_step(instance)
+        seen, over, info = promised_step(instance)
+        names = info if isinstance(info, dict) else {}
+        numbers = {x for x in names if is_info(x) and not math.isnan(number_in(info, x))}
+        env.dynamics.tried.update(numbers)
         episode.append(seen)
     return episode
 
@@ -135,12 +140,12 @@ def promised_reset(instance):
 
 
 def promised_step(instance):
-    """The next observation and the reward as a list, and whether the episode is over."""
+    """The next observation and the reward as a list, whether the episode is over, and its info."""
     result = instance.step(instance.action_space.sample())
     if not (isinstance(result, tuple) and len(result) == 5):
         expected = "(observation, reward, terminated, truncated, info)"
         raise BrokenPromise(f"its step returns other than five values; expected {expected}")
-    obs, reward, terminated, truncated, _ = result
+    obs, reward, terminated, truncated, info = result
     try:
         reward = float(np.asarray(reward).item())  # also of shape (1,), a common mistake
     except (TypeError, ValueError) as error:
@@ -148,7 +153,7 @@ def promised_step(instance):
         raise BrokenPromise(f"{problem}; expected one number, e.g. float(reward.sum())") from error
     if not math.isfinite(reward):
         raise ValueError(f"its reward is {reward}")
-    return [*promised_observation(instance, obs), reward], bool(terminated or truncated)
+    return [*promised_observation(instance, obs), reward], bool(terminated or truncated), info
 
 
 def promised_observation(instance, obs):
@@ -158,6 +163,25 @@ def promised_observation(instance, obs):
     if not np.isfinite(obs).all():
         raise ValueError("its observation is not finite")
     return np.ravel(obs).tolist()
+
+
+def number_in(info, name):
+    """What an environment's info says of a name: a number that a report reads, a switch as 0 or 1,
+    NaN for all else."""
+    value = info.get(name) if isinstance(info, dict) else None
+    if isinstance(value, np.generic):
+        value = value.item()
+    is_number = isinstance(value, Real) and abs(value) <= HUGE
+    return float(value) if is_number else math.nan
+
+
+def warn_of_missing(dynamics, names):
+    """Warn of each of the names that no trial episode reports: it may be misspelt, or may be
+    reported later, as where a task is solved."""
+    for name in names:
+        if name not in dynamics.tried:
+            reported = ", ".join(sorted(dynamics.tried)) or "no number at all"
+            warn(f"{dynamics.env_id} reports no number {name} in a trial episode, but {reported}")
 
 
 @contextlib.contextmanager

@@ -249,6 +249,10 @@ DAMAGED = [
     (changed(lambda s: s["log"].pop()), "checkpoint.pt: its log does not hold epochs 1 to 4"),
     (changed(lambda s: s["log"][0].pop()), "is no row of epoch,env_steps,"),
     (changed(lambda s: s["log"].append("abcdefg")), "abcdefg is no row of epoch,env_steps,"),
+    (state_with(info=3), "checkpoint.info is int, expected list"),
+    (state_with(info=[3]), "checkpoint.pt: info is [3], expected columns of eval.csv"),
+    (state_with(info=["a,b"]), "checkpoint.pt: info is ['a,b'], expected columns of eval.csv"),
+    (state_with(info=["x"]), "is no row of epoch,phi,step,return,x"),
     (changed(lambda s: s["eval"][0].__setitem__(1, "=1+1")), "is no row of epoch,phi,step,return"),
     (changed(lambda s: s["eval"][0].__setitem__(3, torch.zeros(2))), "is no row of epoch,phi,step,return"),
 ]

@@ -11,7 +11,7 @@ from harness import figures, report, runs
 from maml import LEARNERS
 from tests.conftest import DRAW
 from tests.test_measures import logged
-from tests.test_runs import GOAL, GRAVITY, write_evaluation, write_run
+from tests.test_runs import GOAL, GRAVITY, change, write_evaluation, write_run
 
 
 @pytest.mark.parametrize("phi", [GRAVITY, GOAL])
@@ -32,6 +32,9 @@ def test_figures_are_drawn(tmp_path, phi, drawn):
 def test_numbers_that_are_not_finite_and_names_that_no_font_has_are_drawn_without_a_word(tmp_path, drawn):
     write_run(tmp_path / "a" / "seed1", "maml", [float("nan")], env="漢字")
     write_run(tmp_path / "b" / "seed1", "maml", [float("inf"), 1.0], env="$x_$")
+    for seed, x in ((1, "nan"), (2, "inf"), (3, "1")):
+        write_run(tmp_path / "c" / f"seed{seed}", "fomaml", [1.0], values=[5, 10])
+        write_evaluation(tmp_path / "c" / f"seed{seed}", [f"1,{5 * i},{k},{x}" for i in (1, 2) for k in range(3)])
     wrote, left_out = report.write(tmp_path)
     assert len(wrote) == 4 and left_out == []
 
@@ -75,12 +78,74 @@ def test_the_passages_of_a_figure_by_hand():
     assert low[0] < 100 and 300 < high[0] <= 319 and high[1] == 319  # the band ends with the training
 
 
-def test_held_out_returns_of_a_plane_are_averaged_over_equal_distance_from_its_centre():
-    phi = np.array([[1, 1], [2, 1], [3, 1]])
-    evaluation = {"phi": phi, "returns": np.array([[4, 5, 6], [7, 8, 8]])}
-    x, returns = figures.held_out([SimpleNamespace(evaluation=evaluation)])
-    np.testing.assert_array_equal(x, [0, 1])
-    np.testing.assert_array_equal(returns, [[[5, 5], [8, 7.5]]])
+def test_held_out_returns_by_a_component_are_means_over_the_others_and_of_a_list_as_they_are():
+    phi = np.array([[2, 100], [1, 100], [2, 300]])
+    evaluation = {"phi": phi, "returns": np.array([[4, 5, 6], [7, 8, 9]])}
+    expected = {0: ([1, 2], [[5, 5], [8, 8]]), 1: ([100, 300], [[4.5, 6], [7.5, 9]])}
+    expected[None] = [0, 1, 2], evaluation["returns"]
+    for component, (values, means) in expected.items():
+        x, returns = figures.held_out([SimpleNamespace(evaluation=evaluation)], component)
+        np.testing.assert_array_equal(x, values)
+        np.testing.assert_array_equal(returns, [means])
+
+
+def adaptation(root):
+    """The panels of adaptation.png of the runs under root that are seen."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure = figures.draw_adaptation(plt, runs.read(root)[0])
+    plt.close(figure)
+    return [panel for panel in figure.axes if panel.get_visible()]
+
+
+def test_every_component_of_phi_has_a_panel(tmp_path):
+    for algo in ("maml", "fomaml", "reptile"):
+        write_run(tmp_path / algo / "seed1", algo, [1.0], GOAL)
+    panels = adaptation(tmp_path)
+    assert [panel.get_xlabel() for panel in panels] == [*GOAL] * 3
+    assert [panel.get_title().split("\n")[0] for panel in panels[::2]] == ["maml", "fomaml", "reptile"]
+    assert {tuple(line.get_xdata()) for panel in panels for line in panel.lines} == {(-1, 0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "listed"),
+    [
+        ({}, False),
+        ({"eval_range": [5, 15]}, False),
+        ({"values": [5, 10, 15]}, True),
+        ({"eval_values": [5, 10, 15]}, True),
+        ({"values": [5, 15], "eval_range": [5, 15]}, False),
+    ],
+)
+def test_no_line_joins_the_tasks_of_a_list(tmp_path, settings, listed):
+    for seed in (1, 2, 3):
+        write_run(tmp_path / f"seed{seed}", "maml", [1.0], **settings)
+    [panel] = adaptation(tmp_path)
+    assert all((line.get_linestyle() == "None") == listed for line in panel.lines) and len(panel.lines) == 3
+    places = np.mean([line.get_xdata() for line in panel.lines], axis=0)
+    np.testing.assert_allclose(places, [0, 1, 2] if listed else [5, 10, 15], atol=1e-9)
+    if listed:
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == ["5", "10", "15"]
+        assert len({tuple(line.get_xdata()) for line in panel.lines}) == 3  # side by side
+
+
+def test_of_very_many_listed_tasks_some_are_named(tmp_path):
+    write_run(tmp_path / "seed1", "maml", [1.0], GOAL, values=[0, 0])
+    rows = [f"1,{task} 0.5,{step},1" for task in range(41) for step in range(3)]
+    write_evaluation(tmp_path / "seed1", rows)
+    [panel] = adaptation(tmp_path)
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == [f"{task} 0.5" for task in range(0, 41, 3)]
+    assert panel.get_xlabel() == "goal x (m), goal y (m)"
+
+
+def test_of_very_many_components_the_first_have_a_panel(tmp_path):
+    names = [f"p{i}" for i in range(figures.MOST_COMPONENTS + 1)]
+    write_run(tmp_path / "seed1", "maml", [1.0])
+    change(tmp_path / "seed1", phi_names=names, range=[0, 1] * len(names))
+    phi = " ".join("0" for _ in names)
+    write_evaluation(tmp_path / "seed1", [f"1,{phi},{step},1" for step in range(3)])
+    panels = adaptation(tmp_path)
+    assert [panel.get_xlabel() for panel in panels] == names[:-1]
+    assert "by 6 of 7 components of φ" in " ".join(panels[0].figure.get_suptitle().split())
 
 
 def test_ticks_are_short():

@@ -18,7 +18,7 @@ from gymnasium import spaces
 import envs
 import run
 from envs import ArgumentError
-from harness import gyms, trained, watch
+from harness import checkpoints, gyms, trained, trial, watch
 from harness.gyms import FAMILIES, Gymnasium, make
 from harness.settings import make_env, parse, plan
 from tests.commands import REPOSITORY, refused, rows, train
@@ -452,6 +452,107 @@ def test_held_out_tasks_at_which_the_environment_fails_are_refused_before_traini
     assert "--eval-values: Room-v0 fails at level = 9 (IndexError" in refused(capsys, tmp_path, *words, env="Room-v0")
     words = ["--param", "model.opt.gravity[2]", "--range", -15, -5, "--eval-range", 5, 10]
     assert "--eval-range: model.opt.gravity[2] is -9.81" in refused(capsys, tmp_path, *words, env="Room-v0")
+
+
+def test_a_worker_steps_its_own_trajectories_alone(pendulum):
+    env, phi, noise = pendulum
+    dynamics = env.dynamics.changed(own=slice(1, None, 2))
+    envs.rollout(replace(env, dynamics=dynamics), watch.random_actions(env), phi, noise)
+    assert list(dynamics.instances) == [1]
+
+
+# --- what an environment reports at an episode's end ---
+
+
+class Reporting(gymnasium.Env):
+    """Reports that the goal lies ahead, the path so far, and, in half of its episodes, a time."""
+
+    observation_space, action_space = spaces.Box(-9, 9, (1,), np.float32), spaces.Discrete(2)
+    goal = 1.0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.timed = 0, seed % 4 != 3  # all seeds of rollouts are odd
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        info = {"success": np.bool_(self.goal > 0), "path": self.goal * self.steps, "name": "x", "a,b": 1, 3: 3}
+        info |= {"time": 7} if self.timed else {}
+        return np.zeros(1, np.float32), self.goal + action, False, False, info
+
+
+gymnasium.register("Reporting-v0", Reporting, max_episode_steps=5)
+REPORTING = ["--param", "goal", "--range", -1, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(True, 1), (np.bool_(False), 0), (3, 3), (np.float32(0.5), 0.5), (np.int64(-2), -2), (1e100, 1e100)]
+    + [(x, math.nan) for x in (None, "1", math.nan, math.inf, 1e101, 10**400, 1j, [1], np.ones(1), {"a": 1})],
+)
+def test_numbers_and_switches_are_taken_of_an_info_and_nothing_else(value, number):
+    assert trial.number_in({"x": value}, "x") == pytest.approx(number, nan_ok=True)
+    assert math.isnan(trial.number_in({"x": value}, "y")) and math.isnan(trial.number_in(value, "x"))
+
+
+def test_success_is_taken_by_itself_and_other_numbers_by_their_names():
+    assert make("Room-v0", ["pull"], [0, 1]).dynamics.info == gyms.info_names(envs.ENVS["point"]) == ()
+    assert make("Reporting-v0", ["goal"], [-1, 1]).dynamics.info == ("success",)
+    env = make("Reporting-v0", ["goal"], [-1, 1], info=["path", "success", "path"])
+    assert env.dynamics.info == ("success", "path")
+
+
+def test_a_name_that_no_trial_episode_reports_is_warned_of_beside_those_that_it_reports(capsys):
+    make("Reporting-v0", ["goal"], [-1, 1], info=["path", "pth"])
+    make("Room-v0", ["pull"], [0, 1], info=["path"])
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: Reporting-v0 reports no number pth in a trial episode, but path, success, time",
+        "warning: Room-v0 reports no number path in a trial episode, but no number at all",
+    ]
+
+
+def test_what_an_environment_reports_stands_beside_the_returns_whoever_steps_it(tmp_path):
+    """Episodes of 5 steps, or of 3 by the horizon, have a path of 5 or 3 goals; no episode without a time counts."""
+    for name, words in (("plain", []), ("here", ["--info", "path", "time"]), ("workers", ["--workers", 3])):
+        words = ["--info", "path", "time", *words] if name == "workers" else words
+        train(tmp_path / name, *REPORTING, *words, env="Reporting-v0")
+    path = "Reporting-v0-pg/fomaml/seed1"
+    plain, here, workers = (rows(tmp_path / name / path / "eval.csv") for name in ("plain", "here", "workers"))
+    assert here == workers and list(here[0]) == ["epoch", "phi", "step", "return", "success", "path", "time"]
+    assert [{key: row[key] for key in plain[0]} for row in here] == plain and "path" not in plain[0]
+    for row in here:
+        assert float(row["success"]) == (float(row["phi"]) > 0)
+        assert float(row["path"]) == pytest.approx(5 * float(row["phi"]))
+    assert {row["time"] for row in here} == {"7", ""}
+    assert rows(tmp_path / "plain" / path / "log.csv") == rows(tmp_path / "here" / path / "log.csv")
+    thetas = [torch.load(tmp_path / name / path / "checkpoint.pt")["theta"] for name in ("plain", "workers")]
+    assert all(torch.equal(p, thetas[1][name]) for name, p in thetas[0].items())
+    train(tmp_path / "short", *REPORTING, "--info", "path", "--horizon", 3, env="Reporting-v0")
+    for row in rows(tmp_path / "short" / path / "eval.csv"):
+        assert float(row["path"]) == pytest.approx(3 * float(row["phi"]))
+    (summary,) = rows(tmp_path / "here/Reporting-v0-pg/summary.csv")
+    assert float(summary["held_out_inside_1_success"]) == 0.5  # half of an even grid over Φ lies ahead
+
+
+def test_a_column_of_an_earlier_command_stays_and_a_new_one_is_empty_before(tmp_path):
+    for epochs, words in ((2, []), (4, ["--info", "path"]), (6, ["--info", "time"])):
+        train(tmp_path, *REPORTING, *words, "--resume", env="Reporting-v0", epochs=epochs)
+    found = rows(tmp_path / "Reporting-v0-pg/fomaml/seed1/eval.csv")
+    assert list(found[0])[4:] == ["success", "path", "time"]
+    filled = {(row["epoch"], name) for row in found for name in ("success", "path", "time") if row[name]}
+    assert filled == {*((epoch, "success") for epoch in "246"), ("4", "path"), ("6", "time")}
+
+
+def test_a_run_from_before_its_environment_was_asked_goes_on_with_what_it_reports(tmp_path):
+    folder = tmp_path / "Reporting-v0-pg/fomaml/seed1"
+    train(tmp_path, *REPORTING, env="Reporting-v0", epochs=2)
+    state = torch.load(folder / "checkpoint.pt")
+    del state["info"]
+    state["eval"] = [row[:4] for row in state["eval"]]
+    (folder / "checkpoint.pt").write_bytes(checkpoints.packed(state))
+    train(tmp_path, *REPORTING, "--resume", env="Reporting-v0")
+    assert {(row["epoch"], row["success"]) for row in rows(folder / "eval.csv")} == {("2", ""), ("4", "0"), ("4", "1")}
 
 
 # --- what an environment returns ---

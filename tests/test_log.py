@@ -1,6 +1,9 @@
 """What an epoch leaves to log: seconds and rows, and when the rows reach the disk."""
 
+import math
+
 import pytest
+import torch
 
 import run
 from harness import log
@@ -26,6 +29,14 @@ def test_the_runs_of_a_batch_share_its_seconds():
         assert each.state["totals"]["seconds"] == 2.0 / 4 and each.state["totals"]["sample_seconds"] == 0.5 / 4
         (row,) = each.state["log"]
         assert row[:4] == [1, each.state["totals"]["env_steps"], 0.5, 0.125]
+
+
+def test_the_mean_of_what_an_environment_reports_is_over_the_episodes_that_report_it():
+    rewards = torch.zeros(1, 1, 3, 5)
+    info = torch.tensor([[1.0, math.nan, 4], [math.nan, math.nan, 5], [2, math.nan, 9]]).view(1, 1, 3, 3)
+    means = log.info_means({"rewards": rewards, "info": info})
+    assert means.flatten().tolist() == pytest.approx([1.5, math.nan, 6], nan_ok=True) and means.shape == (1, 1, 3)
+    assert log.info_means({"rewards": rewards}).shape == (1, 1, 0)
 
 
 @pytest.fixture

@@ -212,6 +212,25 @@ def test_held_out_tasks_inside_and_outside_phi_by_the_number_of_steps(tmp_path, 
     assert line["outside Φ, 2 steps"] == "45"
 
 
+def test_what_an_environment_reports_inside_and_outside_phi_by_the_number_of_steps(tmp_path):
+    """A task without a number counts in no mean, and neither does a run from before there were any."""
+    for seed in (1, 2):
+        write_run(tmp_path / f"seed{seed}", "maml", [1.0])
+    text = "epoch,phi,step,return,success,inside_0_x,own name\n"
+    for phi, success in ((5, (0, 1, 1)), (15, (1, "", "")), (30, ("", "", ""))):
+        text += "".join(f"1,{phi},{step},9,{x},7,{phi}\n" for step, x in enumerate(success))
+    (tmp_path / "seed1" / "eval.csv").write_text(text)
+    write_evaluation(tmp_path / "seed2", [f"1,{phi},{step},9" for phi in (5, 15, 30) for step in range(3)])
+    report.write(tmp_path)
+    numbers, line = read_summary(tmp_path)["maml"], cells(tmp_path, "maml")
+    assert [numbers[f"held_out_inside_{step}_success"][0] for step in range(3)] == [0.5, 1, 1]
+    assert np.isnan(numbers["held_out_outside_0_success"] + numbers["held_out_inside_0_success"][1:]).all()
+    assert line["success inside Φ, 0 steps"] == "0.5" and line["success inside Φ, 2 steps"] == "1"
+    assert line["own name inside Φ, 1 step"] == "10" and line["own name outside Φ, 1 step"] == "30"
+    assert line["inside_0_x inside Φ, 1 step"] == "7" and "success outside Φ, 0 steps" not in line
+    assert "## What the environment reports of the held-out tasks\n" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize("settings", [{}, {"values": [0, 0, 0, 3]}])
 def test_a_task_is_inside_phi_if_all_its_components_are(settings):
     evaluation = {"phi": np.array([[0, 0], [0, 2]])}

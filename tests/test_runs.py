@@ -310,6 +310,8 @@ DAMAGES = {
         holding("epoch\n1\n"), holding(EVALUATION + "1,5 5,0,9\n1,5 5,1,9\n1,5 5,2,9\n"),
         holding(EVALUATION + "1,5,0,9\n1,5,2,9\n1,5,1,9\n"), holding(EVALUATION + "1,5,0,9\n1,5,1,9\n1,6,2,9\n"),
         holding(EVALUATION + "1,5,0,9\n1,5,1,x\n1,5,2,9\n"), holding(EVALUATION + "1,nan,0,9\n1,nan,1,9\n1,nan,2,9\n"),
+        holding("epoch,phi,step,return,x\n1,5,0,9,a\n1,5,1,9,1\n1,5,2,9,1\n"),
+        holding("epoch,phi,step,return,x\n1,5,0,9,1e200\n1,5,1,9,1\n1,5,2,9,1\n"),
         holding(EVALUATION + f"1,5,{10**30},9\n"), holding(EVALUATION + f"{10**400},5,0,9\n"),
     ],
 }  # fmt: skip
@@ -326,6 +328,15 @@ def test_a_run_that_cannot_be_read_is_left_out_in_one_line(tmp_path, name, i):
     assert list(labels) == ["maml"]
     assert line.startswith(f"{tmp_path}/a\\x1b[31m\\nb/seed1/{name}: ") and line.isprintable()
     assert line.endswith("; the run is left out of the report") and len(line) < 500
+
+
+def test_columns_of_an_evaluation_that_no_run_writes_are_not_read(tmp_path):
+    write_run(tmp_path / "seed1", "maml", [1.0])
+    columns = EVALUATION.strip() + ",=x,success,a|b\n"
+    text = columns + "".join(f"1,5,{step},9,no,0.{step},no\n" for step in range(3))
+    (tmp_path / "seed1" / "eval.csv").write_text(text)
+    info = runs.read(tmp_path)[0]["maml"][0].evaluation["info"]
+    np.testing.assert_equal(info, {"success": [[0.0], [0.1], [0.2]]})
 
 
 def test_texts_are_made_printable(tmp_path):

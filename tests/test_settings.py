@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+import envs
 import run
 from harness import checkpoints, trained
 from harness.checkpoints import RunError
@@ -37,7 +38,7 @@ def test_help_gives_every_flag_in_its_group_with_an_example_and_its_default(caps
 
 def test_the_examples_of_help_are_accepted():
     required = {
-        "env": "cartpole",
+        "env": "lunarlander",
         "algo": "directed-maml++ meta-sgd imaml sharp-maml",
         "outer_steps": "2",
         "rl": "ac",
@@ -294,6 +295,16 @@ def test_every_flag_changes_the_run_of_every_algorithm_or_is_refused(tables):
 )
 def test_flags_that_do_nothing_beside_others_are_refused(tmp_path, capsys, algo, words, says):
     assert says in refused(capsys, tmp_path, *words, algo=algo)
+
+
+def test_what_an_environment_reports_is_asked_of_gymnasiums_alone_and_not_as_a_column_of_another(tmp_path, capsys):
+    for env in envs.ENVS:
+        error = refused(capsys, tmp_path, "--info", "success", env=env)
+        assert "--info does nothing without an environment of gymnasium's" in error
+    for name in ("return", "phi", "=1+1", 'a"b', "a\nb", "", " x"):
+        says = "expected letters, digits, blanks and _ . : / -, and other than epoch, phi, step, return"
+        assert says in refused(capsys, tmp_path, f"--info={name}", env="lunarlander")
+    assert "separate values by spaces: a b" in refused(capsys, tmp_path, "--info", "a,b", env="lunarlander")
 
 
 def test_a_flag_that_one_of_several_algorithms_needs_is_accepted_for_all(tmp_path):
