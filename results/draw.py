@@ -90,7 +90,10 @@ def draw_family(plt, name):
     figure, panel = plt.subplots(figsize=(8, 5.5), layout="constrained")
     draw_lines(panel, curves, NAMES)
     window = protocol.FAMILIES[name].window
-    panel.set(xlim=(0, window), xlabel="env steps", ylabel="mean return after adaptation (EMA 0.9)")
+    learned = np.concatenate([line[1:4, line[0] >= window / 10].ravel() for line in curves.values()])
+    low, high = learned.min(), learned.max()  # not of the first steps, whose returns are far below all others
+    panel.set(xlim=(0, window), ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    panel.set(xlabel="env steps", ylabel="mean return after adaptation (EMA 0.9)")
     seeds = len(summary["A"]["seed"])
     panel.set_title(f"{name}: tuned arms, {seeds} test seeds; median, pointwise 95% interval", fontsize=11)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

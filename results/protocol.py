@@ -249,10 +249,12 @@ def test(name):
 
 @cache
 def signs(n):
-    """All (2^n, n) sign flips, or 2^16 drawn ones."""
+    """All (2^n, n) sign flips, or 2^16 drawn ones, the first of which flips nothing."""
     if n <= 16:
         return 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.int8)
-    return np.random.default_rng(0).choice(np.array([-1, 1], dtype=np.int8), (2**16, n))
+    drawn = np.random.default_rng(0).choice(np.array([-1, 1], dtype=np.int8), (2**16, n))
+    drawn[0] = 1  # so that p is never 0
+    return drawn
 
 
 def p_value(differences):
@@ -306,7 +308,8 @@ def differences():
         wide, narrow, effect = interval(x, 0.95), interval(x, 0.90), FAMILIES[name].effect
         row = {"family": name, "comparison": comparison, "pairs": len(x), "mean": x.mean(), "sd": x.std(ddof=1)}
         row |= {"low95": wide[0], "high95": wide[1], "low90": narrow[0], "high90": narrow[1]}
-        row |= {"p": p[key], "holm": adjusted.get(key, math.nan), "effect": effect}
+        detectable = math.sqrt(FACTOR / len(x)) * row["sd"]  # with 80% power
+        row |= {"p": p[key], "holm": adjusted.get(key, math.nan), "effect": effect, "detectable": detectable}
         rows.append(row | {"verdict": verdict(row)})
     return rows
 

@@ -309,6 +309,7 @@ def test_the_sign_flip_test_by_hand():
     the sum 0, all have."""
     assert protocol.p_value(np.array([1.0, 2.0, 3.0])) == 2 / 8
     assert protocol.p_value(np.array([1.0, 2.0, -3.0])) == 1
+    assert protocol.p_value(np.ones(40)) == 2**-16  # of those drawn the one that flips nothing
 
 
 def test_the_sign_flip_test_rejects_as_often_as_it_says_and_its_interval_holds_as_often():
@@ -433,6 +434,7 @@ def test_the_protocols_runs_and_comparisons_are_checked(small_protocol, tmp_path
     assert float(rows["B-A"]["mean"]) == 1 and float(rows["A-F"]["mean"]) == -5
     assert rows["B-A"]["verdict"] == "better"  # p is 2 / 2^12, times 15
     assert float(rows["B-A"]["holm"]) == pytest.approx(15 * 2 / 2**12, rel=1e-3)
+    assert float(rows["B-A"]["detectable"]) == 0  # all differences are 1
     (alpha, beta, delta), areas, first = lines["B"]
     write(".", lines | {"B": ((alpha, 2 * beta, delta), areas, first)})
     (line,) = check.check_runs("point")
