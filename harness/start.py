@@ -50,5 +50,6 @@ def begin(run, args, env, device, runs_in_batch):
     versions = {m.__name__: m.__version__ for m in (torch, gymnasium, numpy)} | {"python": platform.python_version()}
     here = {"epochs": args.epochs, "eval_every": args.eval_every, "threshold": args.threshold, "device": device}
     here |= {"phi_names": list(env.phi_names), "runs_in_batch": runs_in_batch, "versions": versions}
+    here["cpu"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # bits depend on it
     evaluated = {args.epochs, *range(0, args.epochs, args.eval_every)}
     checkpoints.begin(run, run.settings | here, evaluated, info_names(env))

@@ -37,6 +37,7 @@ def test_config_json_alone_repeats_the_run(tmp_path):
     for name in ("log.csv", "eval.csv", "config.json"):
         first, again = (tmp_path / out / folder / name for out in ("first", "again"))
         assert first.read_text() == again.read_text() if name == "config.json" else rows(first) == rows(again)
+    assert config["cpu"].endswith(torch.backends.cpu.get_cpu_capability())
     assert config["versions"]["torch"] == torch.__version__ and config["phi_names"] == ["gravity (m/s²)"]
 
 
