@@ -326,10 +326,12 @@ def verdict(row):
 
 
 def choices():
-    """A row for each arm of each family that was run: its step sizes, and which of them are an end of those tried."""
+    """A row for each arm of each family that was run: its step sizes, which of them are an end of those tried, and its
+    mean area on the tuning seeds and on the test seeds."""
     rows = []
     for name in tested():
         alpha, beta, delta = tried(name).T
+        labels = summary_of(name)
         for arm in FAMILIES[name].arms:
             row = dict(zip(("family", "arm", "alpha", "beta", "delta"), (name, arm, *sizes_of(name, arm)), strict=True))
             tuned = {"α": alpha, "β": beta, "δ / β": delta / beta}
@@ -340,7 +342,9 @@ def choices():
             place = chosen(name, arm) - 1
             ends = [f"lowest {what}" for what, values in tuned.items() if place == values.argmin()]
             ends += [f"highest {what}" for what, values in tuned.items() if place == values.argmax()]
-            rows.append(row | {"ends": "as B" if arm == "E" else ", ".join(ends) or "none"})
+            row["ends"] = "as B" if arm == "E" else ", ".join(ends) or "none"
+            row["tuning"] = math.nan if arm == "E" else mean_areas(name, arm)[place + 1]
+            rows.append(row | {"test": float(np.mean(labels[arm]["area"]))})
     return rows
 
 

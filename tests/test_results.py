@@ -452,7 +452,7 @@ def test_the_figures_are_drawn_from_committed_files_alone(tmp_path, monkeypatch)
     monkeypatch.setattr(protocol, "ROOT", tmp_path / "protocol")
     curves = "label,against,x,median,low,high\n"
     for label in ("A", "B"):
-        curves += "".join(f"{label},{key},{x},{x},0,9\n" for key in ("epoch", "env_steps") for x in (1, 2))
+        curves += "".join(f"{label},{key},{x},{x},0,9\n" for key in ("epoch", "env_steps") for x in (1, 4e5))
     for folder in (tmp_path / "protocol" / "point", tmp_path / "toy"):
         write_summary(folder, "A", 0.001, 0, [200, 200])
         (folder / "curves.csv").write_text(curves)
