@@ -45,6 +45,9 @@ experiment cartpole-pg --env cartpole --algo $all --seed 1-10 --epochs 250
 experiment crossing-pg --env crossing --algo $all --seed 1-10 --epochs 200
 experiment cartpole-ac --env cartpole --algo $all --seed 1-10 --rl ac --epochs 200
 experiment crossing-ac --env crossing --algo $all --seed 1-10 --rl ac --epochs 200
+# Their control: β + δ / M without a δ-step
+experiment larger-beta/cartpole --env cartpole --algo fomaml --beta 0.002 --seed 1-10 --epochs 250
+experiment larger-beta/crossing --env crossing --algo fomaml --beta 0.001 --seed 1-10 --epochs 200
 # Fig. 3, the ablation of δ, Eq. 2 to the letter, and Table II
 four="fomaml directed-fomaml meta-sgd directed-meta-sgd"
 experiment fig3 --env cartpole --algo $four --beta 0.02 --seed 1-10 --epochs 200
