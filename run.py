@@ -30,7 +30,7 @@ from harness import checkpoints, processes, report, watch
 from harness.checkpoints import RunError
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
-from harness.errors import first_line
+from harness.errors import End, first_line
 from harness.log import Rows, fail, fetched, log_epoch, measure
 from harness.optimizers import OPTIMIZERS
 from harness.ranks import check_ranks
@@ -64,7 +64,7 @@ def main(argv=None):
             ranks.leave()
             raise RunError(f"stopped; continue with: {start} run.py {shlex.join(line)} --resume", 128 + stopped[0])
         if failures:
-            raise SystemExit(1)
+            raise End(1)
 
 
 # --- train ---

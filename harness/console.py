@@ -9,6 +9,7 @@ import traceback
 from tqdm import tqdm
 
 from harness.checkpoints import RunError
+from harness.errors import End, ends_seen, with_place
 from harness.processes import ProcessError
 from harness.ranks import Ranks
 
@@ -21,7 +22,8 @@ def one_clear_line(argv=()):
     ranks = None
     try:
         ranks = Ranks()
-        yield ranks
+        with ends_seen():
+            yield ranks
         ranks.leave()
         return
     except BaseException as error:
@@ -52,6 +54,8 @@ def line_and_code(error):
         return f"out of memory; {remedy}", 1
     if isinstance(error, KeyboardInterrupt):  # outside of training, or the second one
         return "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
+    if isinstance(error, SystemExit) and not isinstance(error, End):
+        return f"the environment's code called exit: {with_place(error)}; take that out", 1
     return None
 
 

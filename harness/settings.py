@@ -22,7 +22,7 @@ import policies
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.device import memory
-from harness.errors import first_line, hint
+from harness.errors import End, first_line, hint
 from harness.trial import check_tasks
 
 
@@ -334,6 +334,9 @@ def shown_default(setting):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise RunError(f"{message} (see --help)", 2)
+
+    def exit(self, status=0, message=None):
+        raise End(status)  # after --help
 
 
 def parse(argv):
