@@ -12,6 +12,7 @@ from harness.checkpoints import RunError
 from harness.errors import End, ends_seen, with_place
 from harness.processes import ProcessError
 from harness.ranks import Ranks
+from harness.settings import LESS_MEMORY
 
 
 @contextlib.contextmanager
@@ -50,8 +51,7 @@ def line_and_code(error):
         path = error.filename2 or error.filename or "files"  # of two, the one to be put in its place
         return f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
-        remedy = "give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden"
-        return f"out of memory; {remedy}", 1
+        return f"out of memory; {LESS_MEMORY}", 1
     if isinstance(error, KeyboardInterrupt):  # outside of training, or the second one
         return "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
     if isinstance(error, SystemExit) and not isinstance(error, End):

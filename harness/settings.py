@@ -619,6 +619,9 @@ def medium_of(args, env):
     return phi
 
 
+LESS_MEMORY = "give fewer --seed, --delta, --tasks, --trajectories or a smaller --horizon or --hidden"
+
+
 def check_memory(args, env, device):
     """Refuse what cannot fit into memory before it starts: at the least, every task has its parameters twice, and the
     gradient needs every layer's activations three times; all runs of one algorithm train at once, and those of others
@@ -639,6 +642,6 @@ def check_memory(args, env, device):
     if need > have:
         what = "GPU" if device == "cuda" else "machine"
         raise RunError(
-            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the {what} has {have / 2**30:.0f}; give "
-            "fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 2,
+            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the {what} has {have / 2**30:.0f}; "
+            f"{LESS_MEMORY}", 2,
         )  # fmt: skip
