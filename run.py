@@ -7,16 +7,14 @@ directed.py.
 
 import contextlib
 import os
-import shlex
 import sys
 import time
 from functools import partial
 
-# Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
-# torch's.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Read by torch's MKL: its products have the same bits wherever in memory, so in whatever batch, a matrix is.
-os.environ.setdefault("MKL_CBWR", "AUTO")
+from harness import program  # before numpy and torch
+
+if __name__ == "__main__":
+    program.prepare()
 
 import numpy
 import torch
@@ -37,6 +35,7 @@ from harness.ranks import check_ranks
 from harness.sampling import open_sampler
 from harness.settings import check_memory, folder_of_all, learner_of, make_env, parse, with_family_defaults
 from harness.start import begin, new_runs
+from harness.text import quoted
 
 NOTHING = contextlib.nullcontext()
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
@@ -59,10 +58,11 @@ def main(argv=None):
         failures, stopped = train_all(runs, env, args, ranks)
         ranks.object_from_first(lambda: finish(failures, args))
         if stopped:
-            line = [word for word in argv if word not in ("--resume", "--overwrite")]
+            words = [word for word in argv if word not in ("--resume", "--overwrite")]
             start = "python" if ranks.count == 1 else "torchrun .."
+            line = " ".join(map(quoted, [os.path.relpath(__file__), *words, "--resume"]))
             ranks.leave()
-            raise RunError(f"stopped; continue with: {start} run.py {shlex.join(line)} --resume", 128 + stopped[0])
+            raise RunError(f"stopped; continue with: {start} {line}", 128 + stopped[0])
         if failures:
             raise End(1)
 
@@ -414,5 +414,4 @@ def finish(failures, args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or a log file may have no δ
     main()

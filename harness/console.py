@@ -13,6 +13,7 @@ from harness.errors import End, ends_seen, with_place
 from harness.processes import ProcessError
 from harness.ranks import Ranks
 from harness.settings import LESS_MEMORY
+from harness.text import printable
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def one_clear_line(argv=()):
             traceback.print_exc()
     line, code = said
     if ranks is None or ranks.first_to_fail():
-        print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
+        print("run.py:", printable(str(line)), file=sys.stderr)
     if ranks is not None and ranks.count > 1:
         ranks.exit(code)
     raise SystemExit(code)

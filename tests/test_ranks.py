@@ -155,6 +155,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_epoch(tmp_path, start_ranks):
     ranks[1].send(signal.SIGTERM)
     codes, lines = ends(ranks)
     assert codes == [128 + signal.SIGTERM] * 2
-    assert len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with: torchrun .. run.py")
+    assert len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with: torchrun .. ")
     states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
     assert [state["epoch"] for state in states] == [len(rows(log)) for log in tmp_path.rglob("log.csv")]
