@@ -29,10 +29,8 @@ def directed(meta_learner, delta):
 
     def directed_meta_learner(theta, medium_loss, task_loss=None, *args, **kwargs):
         if not callable(task_loss):
-            raise ValueError(
-                f"directed: task_loss is {task_loss!r}, not a function; expected (theta, medium_loss, "
-                "task_loss, ...): the medium task's loss comes first"
-            )
+            expected = "(theta, medium_loss, task_loss, ...): the medium task's loss comes first"
+            raise ValueError(f"directed: task_loss is {task_loss!r}, not a function; expected {expected}")
         gradients = medium_gradients(theta, medium_loss)
         runs = len(gradients[0])
         if given.numel() not in (1, runs):
@@ -54,16 +52,18 @@ def of_each_run(delta, p):
 
 def medium_gradients(theta, medium_loss):
     """∇L_med(θ), (S, 1, ...) for each parameter. Raises ValueError where a shape is not (S, 1, ...)."""
-    for name, p in theta.items():
-        if not p.requires_grad:
-            raise ValueError(
-                f"directed: parameter {name!r} has requires_grad=False; make it a leaf by requires_grad_()"
-            )
     loss = medium_loss(theta)
     for name, p in theta.items():
+        if not p.requires_grad:
+            problem = f"parameter {name!r} has requires_grad=False"
+            raise ValueError(f"directed: {problem}; make it a leaf by requires_grad_()")
         if loss.dim() != 2 or loss.shape[1] != 1 or p.shape[:2] != loss.shape:
             raise ValueError(
                 f"directed: the medium loss has shape {tuple(loss.shape)} and parameter {name!r} "
                 f"{tuple(p.shape)}; expected a loss (S, 1), one number a run, and parameters (S, 1, ...)"
             )
-    return torch.autograd.grad(loss.sum(), list(theta.values()))
+    gradients = torch.autograd.grad(loss.sum(), list(theta.values()), allow_unused=True)
+    for name, gradient in zip(theta, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(f"directed: the medium loss does not use parameter {name!r}; leave it out")
+    return gradients

@@ -34,8 +34,10 @@ import torch
 def expand(theta, num_tasks):
     """θ (S, 1, ...) seen once per task: (S, M, ...), a view whose gradients sum over the tasks.
 
-    Raises ValueError where a parameter has no axes (S, 1) in front.
+    Raises ValueError where a parameter has no axes (S, 1) in front, and for less than one task.
     """
+    if num_tasks < 1:
+        raise ValueError(f"expand: num_tasks is {num_tasks}; expected a whole number >= 1")
     for name, p in theta.items():
         if p.dim() < 2 or p.shape[1] != 1:
             raise ValueError(
@@ -63,19 +65,25 @@ def adapt(theta, task_loss, alpha, inner_steps=1, second_order=True):
         raise ValueError(f"adapt: inner_steps is {inner_steps}; expected a whole number >= 0 (0: no adaptation)")
     adapted = theta
     for step in range(int(inner_steps)):
-        loss = loss_per_task(task_loss, adapted)
-        adapted = inner_step(adapted, loss, alpha, step, second_order)
+        adapted = inner_step(adapted, loss_per_task(task_loss, adapted), alpha, step, second_order)
     return adapted
 
 
 def inner_step(params, loss, alpha, step, second_order, keep_graph=False):
     """θ' = θ − α ∇L(θ), of losses (S, M) in params θ. keep_graph: they are differentiated again."""
     retain = second_order or keep_graph
-    gradients = torch.autograd.grad(loss.sum(), [*params.values()], retain_graph=retain, create_graph=second_order)
-    return {
-        name: p - step_size(alpha, name, p, step) * gradient
-        for (name, p), gradient in zip(params.items(), gradients, strict=True)
-    }
+    gradient = gradient_of(loss, params, retain_graph=retain, create_graph=second_order)
+    return {name: p - step_size(alpha, name, p, step) * gradient[name] for name, p in params.items()}
+
+
+def gradient_of(loss, params, **graph):
+    """∇L of losses (S, M), a dict like params. Raises ValueError where L does not use one of them."""
+    gradients = torch.autograd.grad(loss.sum(), [*params.values()], allow_unused=True, **graph)
+    gradient = dict(zip(params, gradients, strict=True))
+    for name in params:
+        if gradient[name] is None:
+            raise ValueError(f"the loss does not use parameter {name!r}; keep it out of theta")
+    return gradient
 
 
 def loss_per_task(task_loss, params):
@@ -84,14 +92,11 @@ def loss_per_task(task_loss, params):
     Raises ValueError where a parameter or the loss has no gradient, or where a parameter does not
     start with the loss's shape: tasks would mix.
     """
-    for name, p in params.items():
-        if not p.requires_grad:
-            raise ValueError(
-                f"parameter {name!r} has requires_grad=False; expected leaves made with "
-                "requires_grad_(): keep frozen parameters out of theta"
-            )
     loss = task_loss(params)
     for name, p in params.items():
+        if not p.requires_grad:
+            expected = "leaves made with requires_grad_(): keep frozen parameters out of theta"
+            raise ValueError(f"parameter {name!r} has requires_grad=False; expected {expected}")
         if loss.dim() != 2 or p.shape[:2] != loss.shape:
             raise ValueError(
                 f"parameter {name!r} has shape {tuple(p.shape)} and the loss {tuple(loss.shape)}; "
@@ -230,9 +235,8 @@ def imaml(theta, task_loss, alpha, num_tasks, inner_steps=5, lambda_=1.0, cg_ste
     objective = proximal(task_loss, start, lambda_)
     adapted = adapt(start, objective, alpha, inner_steps, second_order=False)
     adapted = {name: p.detach().requires_grad_() for name, p in adapted.items()}
-    hessian = hessian_of(loss_per_task(task_loss, adapted), [*adapted.values()])
-    query_loss = loss_per_task(task_loss, adapted)
-    gradient = flatten(torch.autograd.grad(query_loss.sum(), [*adapted.values()]))  # (S, M, N)
+    hessian = hessian_of(loss_per_task(task_loss, adapted), adapted)
+    gradient = flatten(gradient_of(loss_per_task(task_loss, adapted), adapted).values())  # (S, M, N)
     damping = of_each_run(cg_damping, gradient)  # a number, or (S, 1, 1)
     strength = (1 + damping) * of_each_run(lambda_, gradient)
     bound = damping / (1 + damping)  # where I + ∇²L/λ has no curvature
@@ -277,13 +281,9 @@ def flatten(tensors):
 
 def hessian_of(loss, params):
     """The function v -> ∇²L v, both (S, M, N), of losses (S, M) in params: the gradient of ∇L · v."""
-    gradient = flatten(torch.autograd.grad(loss.sum(), params, create_graph=True))
-
-    def product(v):
-        images = torch.autograd.grad(gradient, params, v, retain_graph=True, materialize_grads=True)
-        return flatten(images)
-
-    return product
+    gradient = flatten(gradient_of(loss, params, create_graph=True).values())
+    options = {"inputs": [*params.values()], "retain_graph": True, "materialize_grads": True}
+    return lambda v: flatten(torch.autograd.grad(gradient, grad_outputs=v, **options))
 
 
 def conjugate_gradients(product, b, steps, bound=0.0):

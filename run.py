@@ -7,16 +7,14 @@ directed.py.
 
 import contextlib
 import os
-import shlex
 import sys
 import time
 from functools import partial
 
-# Read when numpy loads. Rollouts are small products, the cores have runs or workers of their own, and --threads is
-# torch's.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Read by torch's MKL: its products have the same bits wherever in memory, so in whatever batch, a matrix is.
-os.environ.setdefault("MKL_CBWR", "AUTO")
+from harness import program  # before numpy and torch
+
+if __name__ == "__main__":
+    program.prepare()
 
 import numpy
 import torch
@@ -30,7 +28,7 @@ from harness import checkpoints, processes, report, watch
 from harness.checkpoints import RunError
 from harness.console import Progress, one_clear_line
 from harness.device import Recorded, choose_device
-from harness.errors import first_line
+from harness.errors import End, first_line
 from harness.gyms import info_names
 from harness.log import Rows, fail, fetched, info_means, log_epoch, log_evaluation, measure
 from harness.optimizers import OPTIMIZERS
@@ -38,6 +36,7 @@ from harness.ranks import check_ranks
 from harness.sampling import open_sampler
 from harness.settings import check_memory, folder_of_all, learner_of, make_env, parse, with_family_defaults
 from harness.start import begin, new_runs
+from harness.text import quoted
 
 NOTHING = contextlib.nullcontext()
 CHECKPOINT_SECONDS = 20  # the most training time that a crash can cost
@@ -60,12 +59,13 @@ def main(argv=None):
         failures, stopped = train_all(runs, env, args, ranks)
         ranks.object_from_first(lambda: finish(failures, args))
         if stopped:
-            line = [word for word in argv if word not in ("--resume", "--overwrite")]
+            words = [word for word in argv if word not in ("--resume", "--overwrite")]
             start = "python" if ranks.count == 1 else "torchrun .."
+            line = " ".join(map(quoted, [os.path.relpath(__file__), *words, "--resume"]))
             ranks.leave()
-            raise RunError(f"stopped; continue with: {start} run.py {shlex.join(line)} --resume", 128 + stopped[0])
+            raise RunError(f"stopped; continue with: {start} {line}", 128 + stopped[0])
         if failures:
-            raise SystemExit(1)
+            raise End(1)
 
 
 # --- train ---
@@ -414,5 +414,4 @@ def finish(failures, args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or a log file may have no δ
     main()

@@ -23,6 +23,7 @@ from harness.errors import first_line
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
     fcntl = None
 
@@ -40,6 +41,7 @@ RUN_FILES = [CHECKPOINT, PENDING, FAILED, "log.csv", "eval.csv", "config.json"]
 TENSORS = ("theta", "alpha", "optimizer")  # what of a state is stacked when runs train together
 REMEDY = "restore it, or start again with --overwrite"
 LARGEST = 2**32  # bytes of a file that is read
+OTHER_FILES = 200  # that a command has open beside its runs' folders, and more
 
 
 class RunError(Exception):
@@ -216,6 +218,7 @@ def opened(runs, resume, overwrite, epochs):
     leave it for a later --resume. Raises RunError for a run that exists without `resume` or
     `overwrite`, is beyond `epochs`, has other settings, or a damaged checkpoint.
     """
+    allow_open_files(len(runs) + OTHER_FILES)
     for run in runs:
         check_links(run)
     new = [run for run in runs if not run.folder.exists()]
@@ -241,6 +244,21 @@ def opened(runs, resume, overwrite, epochs):
             for name in RUN_FILES if run.state["epoch"] == 0 else []:
                 (run.folder / name).unlink(missing_ok=True)
         yield
+
+
+def allow_open_files(count):
+    """Raise the limit of open files, of which each locked folder is one. Raises RunError where the
+    system refuses that."""
+    if fcntl is None:
+        return
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not 0 <= limit < count:  # it is -1 where there is none
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
+    except (ValueError, OSError) as error:
+        problem = f"so many runs need {count} open files, and the system allows {most}"
+        raise RunError(f"{problem}; give fewer --seed, --delta or --algo, or raise ulimit -n", 2) from error
 
 
 def check_links(run):

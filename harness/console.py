@@ -9,8 +9,11 @@ import traceback
 from tqdm import tqdm
 
 from harness.checkpoints import RunError
+from harness.errors import End, ends_seen, with_place
 from harness.processes import ProcessError
 from harness.ranks import Ranks
+from harness.settings import LESS_MEMORY
+from harness.text import printable
 
 
 @contextlib.contextmanager
@@ -21,7 +24,8 @@ def one_clear_line(argv=()):
     ranks = None
     try:
         ranks = Ranks()
-        yield ranks
+        with ends_seen():
+            yield ranks
         ranks.leave()
         return
     except BaseException as error:
@@ -32,7 +36,7 @@ def one_clear_line(argv=()):
             traceback.print_exc()
     line, code = said
     if ranks is None or ranks.first_to_fail():
-        print("run.py:", " ".join(str(line).split("\n")), file=sys.stderr)
+        print("run.py:", printable(str(line)), file=sys.stderr)
     if ranks is not None and ranks.count > 1:
         ranks.exit(code)
     raise SystemExit(code)
@@ -48,10 +52,11 @@ def line_and_code(error):
         path = error.filename2 or error.filename or "files"  # of two, the one to be put in its place
         return f"{path}: {error.strerror or error}; fix this, then rerun with --resume", 1
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
-        remedy = "give fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden"
-        return f"out of memory; {remedy}", 1
+        return f"out of memory; {LESS_MEMORY}", 1
     if isinstance(error, KeyboardInterrupt):  # outside of training, or the second one
         return "stopped at once; continue from the last checkpoint with --resume", 128 + signal.SIGINT
+    if isinstance(error, SystemExit) and not isinstance(error, End):
+        return f"the environment's code called exit: {with_place(error)}; take that out", 1
     return None
 
 

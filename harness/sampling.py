@@ -96,7 +96,7 @@ def rollout_of_stranger(env, make_act, params, phi, noise):
     """As `rollout_here`; whatever an environment that is not ours raises is a RunError, which no --resume mends."""
     try:
         return rollout_here(env, make_act, params, phi, noise)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RunError(f"the environment failed: {with_place(error)}") from error
 
 
@@ -170,7 +170,7 @@ def serve(pipe, env, make_act, index, count):
                 if index < noise["reset"][..., 0].size:
                     trajectories = rollout_here(env, make_act, params, phi, noise)
                     answer = {key: x.reshape(-1, *x.shape[3:])[own] for key, x in trajectories.items()}
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 answer = RunError(f"the environment failed in a sampling worker: {with_place(error)}")
                 answer.add_note(traceback.format_exc())  # which a pipe does not carry
             pipe.send(answer)

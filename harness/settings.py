@@ -22,7 +22,7 @@ import policies
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.device import memory
-from harness.errors import first_line, hint
+from harness.errors import End, first_line, hint
 from harness.trial import check_tasks
 
 
@@ -352,6 +352,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise RunError(f"{message} (see --help)", 2)
 
+    def exit(self, status=0, message=None):
+        raise End(status)  # after --help
+
 
 def parse(argv):
     """The command line as a namespace; None for what it does not say. Raises RunError for what is wrong with it."""
@@ -633,6 +636,9 @@ def medium_of(args, env):
     return phi
 
 
+LESS_MEMORY = "give fewer --seed, --delta, --tasks, --trajectories or a smaller --horizon or --hidden"
+
+
 def check_memory(args, env, device):
     """Refuse what cannot fit into memory before it starts: at the least, every task has its parameters twice, and the
     gradient needs every layer's activations three times; all runs of one algorithm train at once, and those of others
@@ -653,6 +659,6 @@ def check_memory(args, env, device):
     if need > have:
         what = "GPU" if device == "cuda" else "machine"
         raise RunError(
-            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the {what} has {have / 2**30:.0f}; give "
-            "fewer --seed, --delta, --tasks, --trajectories or a smaller --hidden", 2,
+            f"this needs {need / 2**30:,.0f} GiB of memory at the least, and the {what} has {have / 2**30:.0f}; "
+            f"{LESS_MEMORY}", 2,
         )  # fmt: skip

@@ -1,9 +1,19 @@
 """Numbers and names as tables, figures and messages show them."""
 
+import os
+import shlex
+
 
 def printable(text):
     """The text on one line: line breaks, control characters and such become backslash escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(word):
+    """A command's word as a shell takes it; only bash and zsh where it is not printable."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
 
 
 def setting_text(value):

@@ -8,6 +8,7 @@ is code, is made only if the caller names it.
 """
 
 import itertools
+import math
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.errors import first_line
 from harness.settings import ALL_SETTINGS, before_flags, learner_of
+from harness.text import setting_text
 
 MOST_NUMBERS = 2**28  # of the episodes that one inner step samples
 
@@ -141,7 +143,7 @@ class Policy:
         episodes: data of your own instead: a list for each step of (observations, actions,
             rewards), one for each episode; T actions as the environment took them, and T
             observations, or T + 1 where it did not terminate.
-        Raises ValueError for a phi or episodes of another shape.
+        Raises ValueError for a phi or episodes of another shape, or with numbers that are not finite.
         """
         if (phi is None) == (episodes is None):
             raise ValueError("adapt: give either phi or episodes")
@@ -169,11 +171,16 @@ class Policy:
 
     def check_phi(self, phi):
         """φ as an array (1, 1, P)."""
-        phi = np.ravel(phi).tolist()  # also a single number
-        if len(phi) != len(self.env.phi_names):
+        given = np.ravel(phi).tolist()  # also a single number
+        try:
+            with np.errstate(over="ignore"):
+                numbers = np.array([[given]], np.float32)
+        except (TypeError, ValueError):  # of a word or a dict
+            numbers = np.array([np.nan])
+        if len(given) != len(self.env.phi_names) or not np.isfinite(numbers).all():
             expected = f"expected {len(self.env.phi_names)} number(s): {', '.join(self.env.phi_names)}"
-            raise envs.ArgumentError("phi", " ".join(f"{x:g}" for x in phi), expected)
-        return np.array([[phi]], np.float32)
+            raise envs.ArgumentError("phi", setting_text(given), expected)
+        return numbers
 
     def sample(self, phi, stream, calls, params, num_trajectories=None):
         """K trajectories (1, 1, K, ...) of the task φ (1, 1, P) under params, of the next call."""
@@ -188,7 +195,15 @@ class Policy:
 
     def trajectories(self, episodes):
         """[(observations, actions, rewards), ..] -> the dict of policies.py, S = M = 1."""
-        lengths = [len(rewards) for _, _, rewards in episodes]
+        arrays = []
+        for k, episode in enumerate(episodes):
+            try:
+                arrays.append(self.as_arrays(episode))
+            except ValueError as error:
+                raise ValueError(f"episode {k}: {error}") from error
+        if not arrays:
+            raise ValueError("adapt: a step without episodes; leave it out")
+        lengths = [len(rewards) for _, _, rewards in arrays]
         num_episodes, horizon = len(episodes), max(lengths)
         lead, obs_dim = (1, 1, num_episodes, horizon), self.env.obs_dim
         discrete = isinstance(self.env.actions, int)
@@ -201,21 +216,44 @@ class Policy:
             "last_obs": torch.zeros(1, 1, num_episodes, obs_dim),
             "terminated": torch.ones(1, 1, num_episodes, dtype=torch.bool),
         }
-        for k, (observations, actions, rewards) in enumerate(episodes):
+        for k, (obs, actions, rewards) in enumerate(arrays):
             count = len(rewards)
-            obs = torch.as_tensor(np.asarray(observations, np.float32)).reshape(len(observations), -1)
-            if len(actions) != count or len(obs) not in (count, count + 1) or obs.shape[1] != obs_dim:
-                got = f"{len(obs)} observations of {obs.shape[1]} numbers, {len(actions)} actions, {count} rewards"
-                expected = f"T or T + 1 observations of {obs_dim}, T actions and T rewards"
-                raise ValueError(f"episode {k}: {got}; expected {expected}")
-            parts["obs"][0, 0, k, :count] = obs[:count]
-            parts["rewards"][0, 0, k, :count] = torch.as_tensor(np.asarray(rewards, np.float32))
-            taken = np.asarray(actions)
-            own = taken - self.first_action if discrete else self.from_box(taken.reshape(count, -1))
-            parts["actions"][0, 0, k, :count] = torch.as_tensor(own)
+            parts["obs"][0, 0, k, :count] = torch.as_tensor(obs[:count])
+            parts["rewards"][0, 0, k, :count] = torch.as_tensor(rewards)
+            parts["actions"][0, 0, k, :count] = torch.as_tensor(actions)
             if len(obs) > count:
-                parts["last_obs"][0, 0, k], parts["terminated"][0, 0, k] = obs[count], False
+                parts["last_obs"][0, 0, k] = torch.as_tensor(obs[count])
+                parts["terminated"][0, 0, k] = False
         return parts
+
+    def as_arrays(self, episode):
+        """An episode as `adapt` takes it -> observations (T or T + 1, D), the policy's actions (T,)
+        or (T, A), rewards (T,). Raises ValueError for another shape, and for what no policy does or
+        sees."""
+        discrete, obs_dim = isinstance(self.env.actions, int), self.env.obs_dim
+        try:
+            obs, taken, rewards = map(as_rows, episode)
+            obs, rewards = obs.astype(np.float32), rewards.astype(np.float32)
+            finite = all(np.isfinite(x).all() for x in (obs, taken, rewards))
+        except (TypeError, ValueError) as error:
+            what = "numbers, as (observations, actions, rewards)"
+            raise ValueError(f"expected {what} ({first_line(error)})") from error
+        size, count = 1 if discrete else self.env.action_dim, len(rewards)
+        shapes = obs.shape[1], taken.shape, rewards.shape
+        good = count > 0 and shapes == (obs_dim, (count, size), (count, 1))
+        if not (good and len(obs) in (count, count + 1)):
+            got = f"{len(obs)} observations of {obs.shape[1]} numbers, {len(taken)} actions"
+            got += f" of {taken.shape[1]}, {count} rewards of {rewards.shape[1]}"
+            expected = f"T or T + 1 observations of {obs_dim}, T actions of {size}, T rewards of 1"
+            raise ValueError(f"{got}; expected {expected}, T > 0")
+        if not finite:
+            raise ValueError("a number is not finite")
+        if not discrete:
+            return obs, self.from_box(taken), rewards[:, 0]
+        choices = range(self.first_action, self.first_action + self.env.actions)
+        if not np.isin(taken, choices).all():
+            raise ValueError(f"an action is none of {', '.join(map(str, choices))}")
+        return obs, taken[:, 0] - self.first_action, rewards[:, 0]
 
     @property
     def first_action(self):
@@ -238,3 +276,9 @@ class AsTaken(policies.Gaussian):
 
 def as_numpy(tensors):
     return {key: x.detach().numpy() for key, x in tensors.items()}
+
+
+def as_rows(x):
+    """Numbers (T, ...) as an array (T, N)."""
+    x = np.asarray(x)
+    return x.reshape(len(x), math.prod(x.shape[1:]))

@@ -331,6 +331,14 @@ def test_a_run_that_exists_is_kept(out, capsys, words, says):
     assert snapshot(out) == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such paths")
+@pytest.mark.parametrize("name", ["two\nlines", "not \udcff UTF-8", "\x1b[31m"])
+def test_a_folder_of_any_name_is_trained_in_and_named_on_one_line(tmp_path, capsys, name):
+    train(tmp_path / name, epochs=1)
+    error = refused(capsys, tmp_path / name)
+    assert "this run exists" in error and error.rstrip("\n").isprintable()
+
+
 @pytest.mark.parametrize("where", [".", "cartpole-pg", "cartpole-pg/fomaml", RUN])
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path, capsys, where):
     path = tmp_path / "out" / where
@@ -539,6 +547,43 @@ def test_a_folder_that_is_made_anew_while_its_lock_is_awaited_is_locked(tmp_path
     monkeypatch.setattr(checkpoints.fcntl, "flock", made_anew)
     with checkpoints.locked(folder, wait=True), pytest.raises(checkpoints.RunError, match="another process"):
         checkpoints.lock(folder, wait=False)
+
+
+# --- many runs ---
+
+SWEEP = ["--seed", "1-60", "--horizon", 2, "--hidden", 2]
+
+
+@pytest.fixture
+def few_files():
+    """A limit that leaves room for 40 more open files."""
+    if checkpoints.fcntl is None:
+        pytest.skip("there is no such limit")
+    kind = checkpoints.resource.RLIMIT_NOFILE
+    limit, most = checkpoints.resource.getrlimit(kind)
+    free = os.open(".", os.O_RDONLY)  # the lowest number that is free
+    os.close(free)
+    checkpoints.resource.setrlimit(kind, (free + 40, most))
+    yield
+    checkpoints.resource.setrlimit(kind, (limit, most))
+
+
+def test_more_runs_than_files_may_be_open_train_all_the_same(tmp_path, few_files):
+    train(tmp_path, *SWEEP, epochs=1)
+    assert len(list(tmp_path.rglob("checkpoint.pt"))) == 60
+
+
+def test_more_runs_than_the_system_lets_lock_are_refused_before_a_folder_is_made(
+    tmp_path, capsys, monkeypatch, few_files
+):
+    def refuse(kind, limits):
+        raise ValueError("not allowed to raise maximum limit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.resource, "setrlimit", refuse)
+        error = refused(capsys, tmp_path, *SWEEP)
+    assert "so many runs need 260 open files, and the system allows" in error
+    assert not list(tmp_path.iterdir())
 
 
 # --- disks ---

@@ -118,6 +118,15 @@ def test_a_mistaken_call_is_one_clear_error_and_theta_stays(delta, changes, mess
     assert all(torch.equal(p, before[key]) and p.grad is None for key, p in theta.items() if p.is_leaf)
 
 
+def test_a_parameter_that_the_medium_loss_does_not_use_is_named_and_theta_stays():
+    theta, task_loss = regression()
+    theta["spare"] = torch.zeros(S, 1, 2, requires_grad=True)
+    before = {key: p.detach().clone() for key, p in theta.items()}
+    with pytest.raises(ValueError, match="directed: the medium loss does not use parameter 'spare'"):
+        directed(maml, 0.1)(theta, medium_of(), task_loss, ALPHA, M)
+    assert all(torch.equal(p, before[key]) for key, p in theta.items())
+
+
 def with_w_per_run(params):
     """The parameters that the medium loss can be computed from, also where w was expanded by mistake."""
     return {key: p[:, :1] for key, p in params.items()}

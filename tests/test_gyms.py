@@ -3,9 +3,11 @@
 import itertools
 import json
 import math
+import os
 import pickle
 import random
 import re
+import sys
 import types
 from dataclasses import replace
 
@@ -640,6 +642,56 @@ def test_a_reward_that_is_not_finite_in_training_is_not_blamed_on_step_sizes(tmp
     words = ["--param", "pull", "--range", 0, 1, "--horizon", 400, "--workers", workers]
     error = refused(capsys, tmp_path, *words, env=env, code=1)
     assert f"{env} returned rewards that are not finite" in error and "--resume" not in error and "--beta" not in error
+
+
+def leaving(where, end):
+    """The id of an environment that calls `end`: in "make", "reset" or "step"; "late": only after
+    what is tried before training."""
+
+    def leave(env, returned):
+        if where != "late" or env.steps > 300:
+            end()
+        return returned
+
+    if where == "make":
+        return odd(__init__=lambda env: end())
+    return odd(**{"reset" if where == "reset" else "step": leave}, steps=400)
+
+
+ENDS = {"sys.exit": lambda: sys.exit(0), "os._exit": lambda: os._exit(0)}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(("where", "workers"), [("make", 1), ("reset", 1), ("step", 1), ("late", 1), ("late", 2)])
+def test_an_environment_that_exits_is_an_error(tmp_path, start, where, workers, end):
+    words = ["--algo", "fomaml", "--param", "pull", "--range", 0, 1, "--horizon", 400]
+    words += ["--env", leaving(where, ENDS[end]), "--workers", workers]
+    code, lines = start(*words, out=tmp_path).wait()
+    assert code == 1 and len(lines) == 1
+    place = f"SystemExit: 0 (test_gyms.py, line {ENDS[end].__code__.co_firstlineno})"
+    assert place in lines[0] or (workers, end) == (2, "os._exit") and "worker died" in lines[0]
+    assert where == "late" or not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)"])
+def test_a_module_that_exits_when_it_is_imported_is_an_error(tmp_path, start, monkeypatch, end):
+    (tmp_path / "exiting.py").write_text(f"import os, sys; {end}")
+    monkeypatch.syspath_prepend(tmp_path)
+    command = start("--env", "exiting:X-v0", "--algo", "maml", out=tmp_path / "out")
+    says = "the environment's code called exit: SystemExit: 0 (exiting.py, line 1); take that out"
+    assert command.wait() == (1, [f"run.py: {says}"])
+
+
+def test_a_process_that_an_environment_forks_may_end_by_itself(tmp_path, start):
+    def fork(env, returned):
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        return returned
+
+    words = ["--algo", "fomaml", "--param", "pull", "--range", 0, 1, "--epochs", 1]
+    assert start(*words, "--env", odd(reset=fork), out=tmp_path).wait() == (0, [])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

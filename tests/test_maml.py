@@ -322,6 +322,23 @@ def test_a_parameter_without_requires_grad_is_refused(inner_steps):
     theta, _ = regression()
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_parameter_that_the_loss_does_not_use_is_named(name):
+    theta, task_loss = regression()
+    theta["spare"] = torch.zeros(S, 1, 2, requires_grad=True)
+    alpha = alpha_of(name, theta)
+    with pytest.raises(ValueError, match="the loss does not use parameter 'spare'; keep it out of"):
+        LEARNERS[name].function(theta, task_loss, alpha, M)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("num_tasks", [0, -1])
+def test_no_tasks_are_refused(name, num_tasks):
+    theta, task_loss = regression()
+    with pytest.raises(ValueError, match=f"num_tasks is {num_tasks}; expected a whole number >= 1"):
+        LEARNERS[name].function(theta, task_loss, alpha_of(name, theta), num_tasks)
+
+
 def test_a_loss_without_a_gradient_is_refused():
     theta, task_loss = regression()
     with torch.no_grad(), pytest.raises(ValueError, match="the loss has no gradient; .*outside of no_grad"):

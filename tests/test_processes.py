@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import run
 from bench import torture
 from harness import processes, sampling
 from harness.checkpoints import Run
@@ -222,7 +223,7 @@ def test_a_signal_finishes_the_epoch_saves_and_says_how_to_continue(tmp_path, st
     command.wait_for_epoch(folder / "log.csv")
     command.send(signum)
     words = f"--epochs 100000 --out {tmp_path} {' '.join(SMALL)} --env cartpole --algo directed-maml"
-    says = f"run.py: stopped; continue with: python run.py {words} --resume"
+    says = f"run.py: stopped; continue with: python {os.path.relpath(run.__file__)} {words} --resume"
     assert command.wait() == (128 + signum, [says])
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == len(rows(folder / "log.csv"))
 
@@ -248,7 +249,7 @@ def test_a_terminals_ctrl_c_reaches_the_workers_too_and_harms_nothing(tmp_path, 
     if times == 2:
         os.killpg(command.pid, signal.SIGTERM)  # two of one kind that are pending at once would count as one
     code, lines = command.wait()
-    says = "stopped; continue with: python run.py" if times == 1 else "stopped at once; continue from the last"
+    says = "stopped; continue with: python " if times == 1 else "stopped at once; continue from the last"
     assert code == 128 + signal.SIGINT and len(lines) == 1 and lines[0].startswith(f"run.py: {says}")
     torture.wait_for_the_end(command.pid)
     epochs = len(rows(log)) + 1

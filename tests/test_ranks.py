@@ -1,5 +1,6 @@
 """torchrun's ranks: the numbers of one process, and one clear line when another one dies."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from harness import processes
 from tests.commands import PATIENCE, REPOSITORY, SMALL, rows, train
 
 GYM = ["--param", "g", "--range", "5", "15"]
@@ -33,6 +35,15 @@ def torchrun(tmp_path_factory):
     process.wait()
 
 
+def keep_store(pipe):
+    """What a process of its own runs, as torchrun is one: the ranks are forked from the tests', and
+    a thread of the store's there could hold a lock of the C library just then, for ever in a rank."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    with contextlib.suppress(EOFError):  # the tests' process has ended
+        pipe.recv()
+
+
 @pytest.fixture
 def start_ranks(start):
     """start_ranks(count, out, *words): the ranks' processes as torchrun starts them, which keeps the store for them; or
@@ -45,8 +56,9 @@ def start_ranks(start):
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
         else:
-            stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-            port = stores[-1].port
+            pipe, process = processes.start(keep_store, daemon=True)
+            stores.append((pipe, process))
+            port = pipe.recv()
         place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         place["TORCHELASTIC_USE_AGENT_STORE"] = not rank_0_keeps_the_store
         return [
@@ -56,7 +68,7 @@ def start_ranks(start):
         ]  # fmt: skip
 
     yield start_ranks
-    stores.clear()
+    processes.end([process for _, process in stores])
 
 
 def ends(ranks):
@@ -155,6 +167,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_epoch(tmp_path, start_ranks):
     ranks[1].send(signal.SIGTERM)
     codes, lines = ends(ranks)
     assert codes == [128 + signal.SIGTERM] * 2
-    assert len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with: torchrun .. run.py")
+    assert len(lines) == 1 and lines[0].startswith("run.py: stopped; continue with: torchrun .. ")
     states = [torch.load(path, weights_only=True) for path in tmp_path.rglob("checkpoint.pt")]
     assert [state["epoch"] for state in states] == [len(rows(log)) for log in tmp_path.rglob("log.csv")]

@@ -183,6 +183,7 @@ def test_too_large_for_the_memory(tmp_path, capsys):
     for words in (["--hidden", 10**9], ["--tasks", 10**9], ["--trajectories", 10**8], ["--horizon", 10**9]):
         error = refused(capsys, tmp_path, *words)
         assert "run.py: this needs " in error and "GiB of memory at the least, and the machine has" in error
+        assert words[0] in error.split("; give ")[1]
     assert not any(tmp_path.iterdir())
 
 
@@ -213,7 +214,8 @@ def test_memory_that_runs_out_while_it_trains_is_one_line(tmp_path, capsys, monk
         raise error
 
     monkeypatch.setattr(run, "train_epoch", full)
-    assert "out of memory; give fewer --seed, --delta, --tasks" in refused(capsys, tmp_path, code=1)
+    error = refused(capsys, tmp_path, code=1)
+    assert "out of memory; give fewer --seed, --delta, --tasks" in error and "--horizon" in error
 
 
 # `python run.py words`, then the same words and --help, and with a wrong one: as programs, in one process.
