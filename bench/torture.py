@@ -1,33 +1,31 @@
-"""Tries to break run.py: kills training at random moments, runs it long, gives it random command lines, and compares
-the bits of a run alone with those of the same run in a sweep.
+"""Tries to break run.py, each way a row of KINDS: kills training at random moments, runs it long, gives it random
+command lines, compares the bits of a run alone with those of the same run in a sweep, and damages files.
 
-`python bench/torture.py --help`; kill and long need Linux. The suite does a little of it; this takes from minutes to an
-hour.
+    python bench/torture.py --kind truncations files --limit 500
+
+Needs Linux. The suite does a little of it; this takes from minutes to an hour.
 """
 
 import argparse
 import contextlib
-import csv
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import envs
 import run
-from bench import fuzz
-from harness import checkpoints
+from bench import damage, fuzz
+from bench.compare import differences, equal  # noqa: F401 (the tests' too)
 from harness.settings import algorithms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TIMES = ("seconds", "sample_seconds")
 SMALL = ["--tasks", "2", "--trajectories", "3", "--hidden", "8", "--eval-every", "4", "--quiet"]
 
 # name: (what comes before the command's words, the words)
@@ -130,60 +128,14 @@ def torture(case, out, kills, rng, checkpoint_seconds=0.0):
     return hit
 
 
-def rows(path):
-    """The rows of a CSV file without its time columns."""
-    with open(path, newline="") as file:
-        return [{key: x for key, x in row.items() if key not in TIMES} for row in csv.DictReader(file)]
-
-
-def without_times(state):
-    totals = {key: x for key, x in state["totals"].items() if key not in TIMES}
-    timed = [checkpoints.TABLES["log"].index(column) for column in TIMES]
-    log = [[x for i, x in enumerate(row) if i not in timed] for row in state["log"]]
-    return state | {"totals": totals, "log": log}
-
-
-def equal(a, b):
-    """Bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def differences(whole, killed, runs="seed*"):
-    """What differs between the runs under two folders, their times and the reports on them aside: list of lines.
-
-    runs: the end of the runs' folders, a pattern. Raises ValueError where there is none.
-    """
-    found = []
-    paths = {path.relative_to(out) for out in (whole, killed) for path in out.rglob(f"{runs}/*")}
-    if not paths:
-        raise ValueError(f"no {runs} under {whole} or {killed}")
-    for path in sorted(paths):
-        if not ((whole / path).exists() and (killed / path).exists()):
-            found.append(f"{path}: in one folder alone")
-        elif path.suffix == ".csv" and rows(whole / path) != rows(killed / path):
-            found.append(f"{path}: other rows")
-        elif path.suffix == ".pt":
-            states = [without_times(torch.load(out / path, weights_only=True)) for out in (whole, killed)]
-            if not equal(*states):
-                found.append(f"{path}: another state")
-    return found
-
-
-def report_kills(cases, kills, seed):
-    rng = random.Random(seed)
-    for case in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            whole, killed = Path(folder, "whole"), Path(folder, "killed")
-            finish(case, whole, checkpoint_seconds=1e9)
-            hit = torture(case, killed, kills, rng)
-            found = differences(whole, killed)
-            runs = len(list(whole.rglob("log.csv")))
-            counts = ", ".join(f"{count} {what}" for what, count in hit.items())
-            print(f"{case}: {runs} run(s), {counts}: {found or 'equal to an uninterrupted run'}", flush=True)
-            if found:
-                raise SystemExit(1)
+def kills(limit, seed, case):
+    """A training of the case that is killed so many times is to equal one that is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        finish(case, whole, checkpoint_seconds=1e9)
+        hit = torture(case, killed, limit, random.Random(seed))
+        print(f"{case}:", ", ".join(f"{count} {what}" for what, count in hit.items()), flush=True)
+        return hit["kills"], differences(whole, killed)
 
 
 def status(pid):
@@ -192,36 +144,33 @@ def status(pid):
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd")), len(members(pid))
 
 
-LONG = {
-    "cartpole": (5000, 500, ["--env", "cartpole", "--algo", "directed-maml", "--horizon", "50"]),
-    "lunarlander": (
-        200,
-        20,
-        ["--env", "lunarlander", "--algo", "directed-fomaml", "--workers", "2", "--horizon", "50"],
-    ),
+LONG = {  # epochs between lines, words
+    "cartpole": (500, ["--env", "cartpole", "--algo", "directed-maml"]),
+    "lunarlander": (20, ["--env", "lunarlander", "--algo", "directed-fomaml", "--workers", "2"]),
 }
 
 
-def report_long(cases):
-    """A line every so many epochs: speed, memory, descriptors, processes; all should stay as they are."""
-    for case in cases:
-        epochs, every, words = LONG[case]
-        with tempfile.TemporaryDirectory() as out:
-            words = [*words, *SMALL, "--eval-every", "100", "--epochs", str(epochs), "--out", out]
-            process = subprocess.Popen([sys.executable, "run.py", *words], cwd=REPOSITORY, start_new_session=True)
-            print(f"{case}: epoch, s per 1000 epochs, MB, file descriptors, processes", flush=True)
-            reached, since = 0, None
-            while process.poll() is None:
-                time.sleep(0.02)
-                logs = list(Path(out).rglob("log.csv"))
-                lines = logs[0].read_bytes().count(b"\n") - 1 if logs else 0
-                if lines >= reached + every:
-                    speed = 1000 * (time.time() - since) / (lines - reached) if reached else float("nan")
-                    memory, descriptors, processes = status(process.pid)
-                    print(f"  {lines}, {speed:.1f}, {memory:.0f}, {descriptors}, {processes}", flush=True)
-                    reached, since = lines, time.time()
-            size = {path.name: path.stat().st_size for path in Path(out).rglob("*.csv")}
-            print(f"  exit code {process.returncode}; bytes: {size}")
+def long(limit, seed, case):
+    """So many epochs in one command, and a line on it now and then: speed, memory, descriptors and processes should
+    stay as they are."""
+    every, words = LONG[case]
+    with tempfile.TemporaryDirectory() as out:
+        words = [*words, "--horizon", "50", *SMALL, "--eval-every", "100", "--epochs", str(limit), "--out", out]
+        process = subprocess.Popen([sys.executable, "run.py", *words], cwd=REPOSITORY, start_new_session=True)
+        print(f"{case}: epoch, s per 1000 epochs, MB, file descriptors, processes", flush=True)
+        reached, since = 0, None
+        while process.poll() is None:
+            time.sleep(0.02)
+            logs = list(Path(out).rglob("log.csv"))
+            lines = logs[0].read_bytes().count(b"\n") - 1 if logs else 0
+            if lines >= reached + every:
+                speed = 1000 * (time.time() - since) / (lines - reached) if reached else float("nan")
+                memory, descriptors, processes = status(process.pid)
+                print(f"  {lines}, {speed:.1f}, {memory:.0f}, {descriptors}, {processes}", flush=True)
+                reached, since = lines, time.time()
+        size = {path.name: path.stat().st_size for path in Path(out).rglob("*.csv")}
+        print(f"  bytes: {size}")
+        return 1, [f"exit code {process.returncode}"] if process.returncode else []
 
 
 def random_sizes(rng):
@@ -234,39 +183,45 @@ def random_sizes(rng):
     return words + rng.choice(([], ["--estimator", "dice"], ["--optimizer", "adam"]))
 
 
-def report_bits(count, seed):
-    """Random commands: what seed 2 writes alone and in a sweep of some seeds must be equal to the last bit."""
-    rng, found = random.Random(seed), []
-    for _ in range(count):
+def bits(limit, seed):
+    """Random commands: what seed 2 writes alone and in a sweep of some seeds is to be equal to the last bit."""
+    rng, failures = random.Random(seed), []
+    for _ in range(limit):
         words, last = random_sizes(rng), rng.choice("235")
         with tempfile.TemporaryDirectory() as folder:
             for name, seeds in (("alone", "2"), ("sweep", f"1-{last}")):
                 out = os.path.join(folder, name)
                 run.main([*words, "--seed", seeds, "--epochs", "2", "--workers", "1", "--quiet", "--out", out])
             if differences(Path(folder, "alone"), Path(folder, "sweep"), "seed2"):
-                found.append(words)
-                print(f"other bits alone than with seeds 1 to {last}: {' '.join(words)}", flush=True)
-    print(f"{count} commands, {len(found)} with other bits alone than in a sweep")
-    if found:
-        raise SystemExit(1)
+                failures.append(f"other bits alone than with seeds 1 to {last}: {' '.join(words)}")
+    return limit, failures
+
+
+# {name: (function of the limit and the seed -> how many it tried, a line for each that failed; the limit by default)}
+KINDS = {f"kill-{case}": (partial(kills, case=case), 40) for case in CASES}
+KINDS |= {f"long-{case}": (partial(long, case=case), 10 * every) for case, (every, _) in LONG.items()}
+KINDS |= {
+    "fuzz": (fuzz.lines, 3000),
+    "bits": (bits, 3000),
+    "truncations": (damage.truncations, 500),
+    "operations": (damage.operations, 500),
+    "files": (damage.files, 500),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill", "long", "fuzz", "bits"])
-    parser.add_argument("--case", nargs="+", help="of kill and long; default: all of " + ", ".join(CASES))
-    parser.add_argument("--kills", type=int, default=40, help="for each case (default 40)")
-    parser.add_argument("--count", type=int, default=3000, help="command lines of fuzz and bits (default 3000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments or command lines (default 0)")
+    parser.add_argument("--kind", nargs="+", required=True, choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--limit", type=int, help="of kills, epochs, command lines or damages")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, lines or damages (default 0)")
     args = parser.parse_args()
-    if args.what == "kill":
-        report_kills(args.case or CASES, args.kills, args.seed)
-    elif args.what == "fuzz":
-        fuzz.report_fuzz(args.count, args.seed)
-    elif args.what == "bits":
-        report_bits(args.count, args.seed)
-    else:
-        report_long(args.case or LONG)
+    found = []
+    for kind in args.kind:
+        function, limit = KINDS[kind]
+        count, failures = function(args.limit or limit, args.seed)
+        print(*failures, f"{kind}: {count} tried, {len(failures)} failed", sep="\n", flush=True)
+        found += failures
+    raise SystemExit(bool(found))
 
 
 if __name__ == "__main__":
