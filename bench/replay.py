@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 
+from harness.gyms import seed_of
+
 
 def set_barrier(of_all_processes):
     global barrier
@@ -47,7 +49,7 @@ def replay_rates(env, phi, noise, trajectories, pool, count, turn):
     phi, noise, trajectories: as `envs.rollout` takes and returns them; turn: which share the single process has.
     """
     gravities = np.broadcast_to(phi.astype(float), noise["reset"].shape[:3]).ravel().tolist()
-    seeds = [int(u * 2**24) for u in noise["reset"].ravel().tolist()]  # gyms.Gymnasium's; others would not replay
+    seeds = [seed_of(u) for u in noise["reset"].ravel().tolist()]
     lengths, actions = trajectories["mask"].sum(-1).flatten().tolist(), trajectories["actions"].flatten(0, 2)
     episodes = [taken[:n].tolist() for taken, n in zip(actions, lengths, strict=True)]
     shares = [(env, *(x[i::count] for x in (gravities, seeds, episodes))) for i in range(count)]

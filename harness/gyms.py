@@ -104,7 +104,7 @@ class Gymnasium:
         """Env's dynamics."""
         shape, count = noise.shape[:2], noise[..., 0].size
         phi = np.broadcast_to(phi.astype(float), (*shape, phi.shape[-1])).reshape(count, -1).tolist()
-        seeds = [int(u * 2**24) for u in noise[..., 0].ravel().tolist()]
+        seeds = [seed_of(u) for u in noise[..., 0].ravel().tolist()]
         running = list(range(count))[self.own]
         first = {i: self.reset(i, phi[i], seeds[i]) for i in running}
         obs = np.zeros((count, len(first[running[0]])), np.float32)
@@ -138,6 +138,11 @@ class Gymnasium:
         for name, x in (("observations", obs), ("rewards", rewards)):
             if not np.isfinite(x).all():
                 raise ValueError(f"{self.env_id} returned {name} that are not finite")
+
+
+def seed_of(u):
+    """The seed of a reset, the number of the cell of which u in (0, 1) is the midpoint: 0 to 2²³ − 1, odd and even."""
+    return int(u * 2**23)
 
 
 # --- task families ---

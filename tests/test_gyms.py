@@ -21,7 +21,7 @@ import envs
 import run
 from envs import ArgumentError
 from harness import checkpoints, gyms, trained, trial, watch
-from harness.gyms import FAMILIES, Gymnasium, make
+from harness.gyms import FAMILIES, Gymnasium, make, seed_of
 from harness.settings import make_env, parse, plan
 from tests.commands import REPOSITORY, refused, rows, train
 from tests.noise import noise_of, tasks_of
@@ -198,7 +198,7 @@ def test_the_readmes_wrapper_is_cartpole_with_another_pole():
     got = envs.rollout(env, lambda obs, noise: noise.argmax(-1), np.array([[[0.25]]], np.float32), noise)
     cart = gymnasium.make("CartPole-v1").unwrapped
     cart.length, cart.polemass_length = 0.25, 0.025
-    cart.reset(seed=int(noise["reset"].item() * 2**24))
+    cart.reset(seed=seed_of(noise["reset"].item()))
     seen = [cart.step(int(action))[0] for action in got["actions"][0, 0, 0][got["mask"][0, 0, 0]]]
     assert len(seen) > 5 and np.array_equal(got["obs"][0, 0, 0, 1 : len(seen)], seen[:-1])
 
@@ -243,7 +243,7 @@ def test_a_rollout_is_a_plain_loop_over_gymnasium(name, options, env_id, attribu
             if not isinstance(env.actions, int):
                 low, high = np.array(env.actions, np.float32)
                 actions = low + (actions.clip(-1, 1) + 1) / 2 * (high - low)
-            seed = int(noise["reset"][0, i, k, 0].item() * 2**24)
+            seed = seed_of(noise["reset"][0, i, k, 0].item())
             length = int(batch["mask"][0, i, k].sum())
             obs, rewards, terminated, truncated = plain_loop(env_id, attribute, sign * value, seed, actions[:length])
             assert len(rewards) == length and (length == 250 or terminated or truncated)
@@ -413,11 +413,19 @@ def test_a_run_on_listed_tasks_trains_is_reported_watched_and_repeated(tmp_path,
     assert "--watch: Room-v0 cannot be rendered here (TypeError: " in said.err and "MUJOCO_GL" in said.err
 
 
+def test_seeds_of_resets_are_odd_and_even_and_the_whole_range():
+    u = envs.uniform(envs.stream([0], envs.TASKS, 0), 0, range(1), (4000,))
+    seeds = [seed_of(x) for x in u.ravel().tolist()]
+    assert {seed % 4 for seed in seeds} == {0, 1, 2, 3} and len(set(seeds)) > 3990
+    assert min(seeds) < 10_000 and max(seeds) > 2**23 - 10_000
+    assert (seed_of(0.5 / 2**23), seed_of(1 - 0.5 / 2**23)) == (0, 2**23 - 1)
+
+
 def test_what_phi_changes_is_what_a_plain_loop_over_gymnasium_sees():
     """And so that a lander which falls upward is noticed: its vertical position and speed are observations 1 and 3."""
     env = make("lunarlander")
     noise = envs.draw_noise(env, envs.stream([0], envs.WATCH, 2), range(1), 1)
-    seed, seen = int(noise["reset"].item() * 2**24), []
+    seed, seen = seed_of(noise["reset"].item()), []
     noise = envs.draw_noise(envs.replace(env, horizon=6), envs.stream([0], envs.WATCH, 2), range(1), 1)
     for gravity in (-5.0, -15.0):
         lander = gymnasium.make("LunarLander-v3").unwrapped
@@ -474,7 +482,7 @@ class Reporting(gymnasium.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps, self.timed = 0, seed % 4 != 3  # all seeds of rollouts are odd
+        self.steps, self.timed = 0, seed % 2 == 0
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
