@@ -21,7 +21,7 @@ def check_pages(pages):
     for page in pages:
         try:
             if not fill.is_filled(page):
-                yield f"{page}: its tables are out of date; run python -m results.fill {page}"
+                yield f"{page}: its tables are out of date; run python -m results.fill"
         except (OSError, ValueError) as error:
             yield f"{page}: {error}"
 
@@ -102,7 +102,7 @@ def check_line(where, found, arm, sizes, seeds):
 def problems():
     """All checks, as lines; from the repository's root."""
     root = Path("results")
-    yield from check_pages([Path("README.md"), Path("docs/flags.md"), root / "README.md"])
+    yield from check_pages(fill.PAGES)
     yield from check_experiments(root, list_experiments(root / "run_all.sh"))
     yield from check_figures(root)
     yield from check_protocol()

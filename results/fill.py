@@ -1,7 +1,7 @@
 """Fill the tables of Markdown files from CSV files, and their tables of flags from run.py's settings.
 
-From the repository's root: `python -m results.fill README.md docs/flags.md results/README.md`. With --check
-nothing is written: the command exits with code 1 and names the files whose tables are out of date.
+From the repository's root: `python -m results.fill`, for all of them or those that are named. With --check nothing is
+written: the command exits with code 1 and names the files whose tables are out of date.
 
 A table stands below a comment that names it, `<!-- table NAME -->`. results/tables.json says what is in it; its paths
 are relative to results/. There are three kinds:
@@ -32,6 +32,7 @@ from harness.settings import SETTINGS, shown_default
 from harness.text import markdown
 
 ROOT = Path(__file__).parent
+PAGES = ("README.md", "docs/flags.md", "results/README.md", "results/paper.md")
 POWER = 2.8  # 1.96 + 0.84: 80% power at 0.05, two-sided, by a normal's quantiles
 
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.
@@ -188,7 +189,7 @@ def fill(path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m results.fill", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", metavar="FILE.md")
+    parser.add_argument("files", nargs="*", metavar="FILE.md", default=PAGES)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     args = parser.parse_args(arguments)
     out_of_date = False

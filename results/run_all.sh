@@ -92,4 +92,4 @@ if [[ -z $found ]]; then
   echo "run_all.sh: unknown experiment ${wanted[*]}; --list prints the names" >&2
   exit 2
 fi
-[[ -n $list ]] || python -m results.fill README.md results/README.md
+[[ -n $list ]] || python -m results.fill

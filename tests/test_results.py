@@ -256,7 +256,7 @@ def test_run_all_trains_what_is_named_and_copies_its_results(tmp_path):
     files = {f"{folder}/{name}" for folder in folders for name in ("summary.csv", "curves.csv")}
     assert made == {"run_all.sh"} | files
     commands = (tmp_path / "commands.txt").read_text().splitlines()
-    assert len(commands) == 4 and commands[-1] == "-m results.fill README.md results/README.md"
+    assert len(commands) == 4 and commands[-1] == "-m results.fill"
 
 
 def test_run_all_lists_the_names_of_its_experiments_and_runs_nothing(tmp_path):
