@@ -31,7 +31,7 @@ def check_experiments(root, names):
     said = NOT_RUN.search((root / "README.md").read_text(encoding="utf-8"))
     not_run = set(said[1].split()) if said else set()
     for name in sorted(names):
-        has_result = (root / name / "summary.csv").exists() or (root / f"{name}.md").exists()
+        has_result = (root / name / "summary.csv").exists() or (root / f"{name}.csv").exists()
         if not has_result and name not in not_run:
             yield f"{root / name}: run_all.sh makes it, but there is no summary.csv, and README.md does not say so"
         if has_result and name in not_run:

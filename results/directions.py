@@ -1,4 +1,4 @@
-"""Is the medium task's gradient a better direction than another task's? Writes results/directions.md.
+"""Is the medium task's gradient a better direction than another task's? Writes results/directions.csv.
 
 From the repository's root: `python -m results.directions`. Trains FOMAML with Table I's step sizes, 10 seeds. At some
 epochs it takes the gradients of the loss at the same θ on a grid of tasks over Φ, each many times with fresh
@@ -6,8 +6,7 @@ trajectories. All cosines are with the shared direction, the mean of the tasks' 
 "Expected" is the cosine of a task's expected gradient; "K = 10" that of an estimate from 10 trajectories, which is what
 a δ-step follows. The medium task is the δ-step's default; "all tasks" is the mean cosine over the grid, which is what
 `--medium random` gets on average. To keep noise from biasing the expected values, they come from two halves of the
-repeats: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>), which may exceed 1. Medians over seeds with 95%
-intervals by order statistics.
+repeats: cos(a, b) = <a₁, b₂> / √(<a₁, a₂> <b₁, b₂>), which may exceed 1. A row for each run and epoch.
 """
 
 from pathlib import Path
@@ -18,8 +17,8 @@ import envs
 import maml
 import run
 from bench import measure
-from harness import checkpoints, gyms, report
-from harness.text import markdown
+from harness import checkpoints, gyms
+from results import protocol
 
 REPEATS, SEEDS = 60, range(1, 11)
 ENVS, EPOCHS = ("cartpole", "crossing", "point"), (1, 25, 50, 100)
@@ -64,7 +63,7 @@ def cosines(estimates):
 
 
 def main():
-    lines = []
+    rows = []
     for name in ENVS:
         env = gyms.make(name)
         out = Path("runs/directions")
@@ -74,10 +73,10 @@ def main():
             run.main([*map(str, words), "--seed", *map(str, SEEDS)])
             with measure.opened(env, [load_run(folder) for folder in folders], "cpu") as batch:
                 found = cosines(gradients(batch, envs.held_out_tasks(env)))
-            cells = {column: report.with_interval(values.tolist(), "{:.2f}".format) for column, values in found.items()}
-            lines.append({"environment": name, "epoch": f"{batch.epochs_done}", **cells})
-    text = f"# Directions\n\n{markdown(lines)}\n\n{__doc__}"
-    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+            for i, seed in enumerate(SEEDS):
+                cells = {column: values[i].item() for column, values in found.items()}
+                rows.append({"environment": name, "epoch": epoch, "seed": seed, **cells})
+    protocol.write(Path(__file__).with_suffix(".csv"), protocol.text_of(rows))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ From the repository's root: `python -m results.fill`, for all of them or those t
 written: the command exits with code 1 and names the files whose tables are out of date.
 
 A table stands below a comment that names it, `<!-- table NAME -->`. results/tables.json says what is in it; its paths
-are relative to results/. There are three kinds:
+are relative to results/. There are four kinds:
 
 - {"columns": [..], "lines": {name: "folder/label"}}: columns of a report, of the lines of summary.csv files. Below it
   stands how many arms it compares, and over which epochs and env steps.
 - {"csv": file, "where": {column: text}, "columns": {heading: format}}: rows of a CSV file; a format is e.g.
   "{mean:.3g} [{low95:.3g}, {high95:.3g}]".
+- {"medians": file, "by": [column, ..]}: medians over seeds of the other columns of a CSV file, with 95% intervals.
 - {"claims": [{"paper": .., "here": .., "column": .., "pairs": {name: ["folder/label", "folder/label"]}}]}: what the
   paper says, and how many times as much of a column of summary.csv the first of a pair needs as the second, seed by
   seed.
@@ -90,6 +91,20 @@ def csv_table(root, csv, columns, where=None):
     return markdown(shown)
 
 
+def medians_table(root, medians, by):
+    """Medians over seeds of a CSV file's columns, with 95% intervals, for each of the values of the columns `by`."""
+    groups = {}
+    with open(root / medians, encoding="utf-8", newline="") as lines:
+        for row in DictReader(lines):
+            groups.setdefault(tuple(row[column] for column in by), []).append(row)
+    rows = []
+    for values, runs in groups.items():
+        columns = [column for column in runs[0] if column not in (*by, "seed")]
+        shown = {key: report.with_interval([float(run[key]) for run in runs], "{:.2f}".format) for key in columns}
+        rows.append(dict(zip(by, values, strict=True)) | shown)
+    return markdown(rows)
+
+
 def claims_table(root, claims):
     """What the paper says, what we find, the ratios, and what ratio these seeds could show."""
     rows = []
@@ -120,7 +135,7 @@ def ratio(root, column, first, second):
     return report.speed_up(theirs, ours), power
 
 
-KINDS = {"lines": report_table, "csv": csv_table, "claims": claims_table}
+KINDS = {"lines": report_table, "csv": csv_table, "medians": medians_table, "claims": claims_table}
 
 
 def table(name, root=ROOT):
@@ -134,8 +149,8 @@ def table(name, root=ROOT):
         raise ValueError(f"table {name} has not one of {', '.join(KINDS)}")
     try:
         return KINDS[kinds[0]](root, **spec)
-    except TypeError as error:
-        raise ValueError(f"table {name}: {error}") from error
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"table {name}: {type(error).__name__}: {error}") from error
 
 
 def report_tables(folder):

@@ -138,6 +138,14 @@ def test_a_table_of_csv_rows_by_hand(page):
     assert fill.table("toy", page.parent) == "| what | from, to |\n| --- | --- |\n| a | 1.2, inf |"
 
 
+def test_a_table_of_medians_by_hand(page):
+    """Of five seeds the interval is the range."""
+    rows = [f"a,{seed},{5 - seed}\nb,{seed},0\n" for seed in range(5)]
+    (page.parent / "toy.csv").write_text("name,seed,x\n" + "".join(rows))
+    write_tables(page.parent, toy={"medians": "toy.csv", "by": ["name"]})
+    assert fill.table("toy", page.parent).splitlines()[2:] == ["| a | 3.00 [1.00, 5.00] |", "| b | 0.00 [0.00, 0.00] |"]
+
+
 def test_a_claim_shows_the_ratio_by_seed_and_what_the_seeds_could_show(page):
     """Ratios 2, 4 and 8: the median is 4; the logarithms' SD is log 2, so exp(2.8 log 2 / √3) = 3.07. A run that never
     converges counts in the median alone."""
@@ -159,8 +167,9 @@ def test_a_claim_shows_the_ratio_by_seed_and_what_the_seeds_could_show(page):
         (MARKER, {"toy": {"columns": ["speed"], "lines": {"ours": "toy-pg/maml"}}}, "unknown column 'speed'"),
         (MARKER, {"toy": {"csv": "toy-pg/summary.csv", "columns": {"x": "{speed:g}"}}}, "speed"),
         (MARKER, {"toy": {"csv": "toy-pg/summary.csv", "where": {"label": "x"}, "columns": {}}}, "no row"),
-        (MARKER, {"toy": {"columns": ["runs"]}}, "has not one of lines, csv, claims"),
+        (MARKER, {"toy": {"columns": ["runs"]}}, "has not one of lines, csv, medians, claims"),
         (MARKER, {"toy": {"lines": {}}}, "columns"),
+        (MARKER, {"toy": {"medians": "toy-pg/summary.csv", "by": ["speed"]}}, "speed"),
         (MARKER, {"other": {}}, "unknown table 'toy'; there are other"),
         ("<!-- flags alhpa -->", {}, "unknown flag 'alhpa'"),
     ],
@@ -191,7 +200,7 @@ def test_pages_are_checked(page):
 def test_experiments_and_folders_are_checked_both_ways(tmp_path):
     for name in ("toy-pg", "learners/toy/joint", "protocol/toy", "protocol/toy/tuning"):
         write_summary(tmp_path / name, "maml", 0.001, 0, [200])
-    (tmp_path / "directions.md").write_text("# Directions\n")
+    (tmp_path / "directions.csv").write_text("environment,epoch,seed\n")
     (tmp_path / "README.md").write_text("<!-- not run: later -->\nThe experiment `later` was not run.\n")
     names = {"toy-pg", "learners/toy/joint", "protocol/toy", "directions", "later"}
     assert list(check.check_experiments(tmp_path, names)) == []
