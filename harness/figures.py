@@ -30,25 +30,28 @@ MOST_TICKS = 20  # tasks of a list that a panel names
 # --- numbers ---
 
 
-def curve(runs, key, points=200):
+def curve(runs, key, points=200, end=None):
     """Smoothed return after adaptation against a log column: (x, median, low, high), (points,)
-    each. It ends where the first run ends; one that failed keeps its last return."""
+    each. It ends at `end`, or where the first run ends; one that failed, or ended before, keeps its
+    last return."""
     starts = [run.log[key][0] for run in runs]
     ends = [run.log[key][-1] for run in runs if not run.failed]
-    end = min(ends) if ends else max(run.log[key][-1] for run in runs)
+    if end is None:
+        end = min(ends) if ends else max(run.log[key][-1] for run in runs)
     x = np.linspace(max(starts), end, points)
     smooth = [np.interp(x, run.log[key], ema(run.log["return_post"])) for run in runs]
     return x, *median_interval(np.stack(smooth))
 
 
-def curves(labels):
+def curves(labels, window=None):
     """The text of curves.csv: the lines of curves.png at 40 points each, and the same against
-    seconds."""
+    seconds. Against env steps they end at the window if there is one."""
     lines = ["label,against,x,median,low,high"]
     for label, runs in labels.items():
         quoted = '"' + label.replace('"', '""') + '"'
         for key in ("epoch", "env_steps", "seconds"):
-            for numbers in zip(*curve(runs, key, 40), strict=True):
+            end = window if key == "env_steps" else None
+            for numbers in zip(*curve(runs, key, 40, end), strict=True):
                 lines.append(",".join([quoted, key, *(f"{x:.4g}" for x in numbers)]))
     return "\n".join(lines) + "\n"
 

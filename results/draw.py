@@ -24,6 +24,7 @@ NAMES = {
     "F": "F: no adaptation",
     "G": "G: told the task",
 }
+CONTROLS = {"cartpole-pg": "larger-beta/cartpole", "crossing-pg": "larger-beta/crossing"}  # FOMAML with 2β
 
 
 def read_rows(path):
@@ -70,14 +71,17 @@ def draw_experiment(plt, folder):
     """Return after adaptation by epochs and by env steps, up to where half of the lines have ended."""
     curves = {key: read_curves(folder / "curves.csv", key) for key in ("epoch", "env_steps")}
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
+    name = folder.relative_to(ROOT).as_posix()
     for panel, (key, lines) in zip(panels, curves.items(), strict=True):
         draw_lines(panel, lines)
+        if name in CONTROLS:
+            x, middle, *_ = read_curves(ROOT / CONTROLS[name] / "curves.csv", key)["fomaml"]
+            panel.plot(x, middle, ":", color="black", linewidth=2, label="fomaml, 2β")
         panel.set(xlabel=key.replace("_", " "))
         ends = sorted(x[-1] for x, *_ in lines.values())
         panel.set_xlim(0, 1.02 * ends[len(ends) // 2])  # one slow arm does not stretch the axis
     panels[0].set_ylabel("mean return (undiscounted, EMA 0.9)")
     seeds = len(next(iter(read_summary(folder).values()))["seed"])
-    name = folder.relative_to(ROOT).as_posix()
     figure.suptitle(f"{name}: return after adaptation; median of {seeds} seeds, pointwise 95% interval")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -103,8 +107,13 @@ def draw_family(plt, name):
 def draw_differences(plt):
     """The paired differences of the area, in units of each family's smallest effect of interest."""
     rows = read_rows(ROOT / "protocol" / "differences.csv")
-    names = {"B-A": "δ-step − none", "B-E": "δ-step − larger β", "B-D": "medium − epoch's tasks",
-             "B-C": "medium − random task", "A-F": "adapting − joint training"}  # fmt: skip
+    names = {
+        "B-A": "B − A: δ-step − none",
+        "B-E": "B − E: δ-step − larger β",
+        "B-D": "B − D: medium − epoch's tasks",
+        "B-C": "B − C: medium − random task",
+        "A-F": "A − F: adapting − joint training",
+    }
     families = list(dict.fromkeys(row["family"] for row in rows))
     size = 2.6 * len(families) + 2.2, 3.6
     figure, panels = plt.subplots(1, len(families), figsize=size, layout="constrained", sharey=True, squeeze=False)
@@ -133,7 +142,9 @@ def draw_differences(plt):
     panels[0, 0].set_yticks(range(len(names)), list(names.values()))
     panels[0, 0].invert_yaxis()
     figure.suptitle(
-        "In smallest effects of interest (grey: too small to matter); mean, 90% and 95% interval", fontsize=11
+        "In smallest effects of interest (grey band: too small to matter), logarithmic beyond ±2; mean, 90% and 95% "
+        "interval\nblue: primary comparisons; grey: secondary, of which nothing is claimed",
+        fontsize=11,
     )
     return figure
 

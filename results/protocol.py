@@ -241,7 +241,7 @@ def test(name):
     train_all([(test_flags(name, arm), folder / arm) for arm in family.arms])
     labels = {arm: logged(folder / arm) for arm in family.arms}
     write(ROOT / name / "summary.csv", report.summary(labels, family.window))
-    write(ROOT / name / "curves.csv", figures.curves(labels))
+    write(ROOT / name / "curves.csv", figures.curves(labels, family.window))
 
 
 # --- statistics ---
