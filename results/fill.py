@@ -11,9 +11,9 @@ are relative to results/. There are four kinds:
 - {"csv": file, "where": {column: text}, "columns": {heading: format}}: rows of a CSV file; a format is e.g.
   "{mean:.3g} [{low95:.3g}, {high95:.3g}]".
 - {"medians": file, "by": [column, ..]}: medians over seeds of the other columns of a CSV file, with 95% intervals.
-- {"claims": [{"paper": .., "here": .., "column": .., "pairs": {name: ["folder/label", "folder/label"]}}]}: what the
-  paper says, and how many times as much of a column of summary.csv the first of a pair needs as the second, seed by
-  seed.
+- {"claims": [{"says": .., "here": .., "column": .., "pairs": {name: ["folder/label", "folder/label"]}}], "heading":
+  "the paper"}: what it says, and how many times as much of a column of summary.csv the first of a pair needs as the
+  second, seed by seed.
 
 The table of all flags stands below <!-- flags -->, that of some below <!-- flags alpha inner-steps -->.
 """
@@ -105,13 +105,13 @@ def medians_table(root, medians, by):
     return markdown(rows)
 
 
-def claims_table(root, claims):
-    """What the paper says, what we find, the ratios, and what ratio these seeds could show."""
+def claims_table(root, claims, heading):
+    """What is said, what we find, the ratios, and what ratio these seeds could show."""
     rows = []
     for claim in claims:
         compared = {name: ratio(root, claim["column"], *pair) for name, pair in claim["pairs"].items()}
         rows.append({
-            "the paper": claim["paper"],
+            heading: claim["says"],
             "here": claim["here"],
             "numbers": "; ".join(f"{name} {found}" for name, (found, _) in compared.items()),
             "could be shown": "; ".join(power for _, power in compared.values()),

@@ -152,8 +152,8 @@ def test_a_claim_shows_the_ratio_by_seed_and_what_the_seeds_could_show(page):
     write_summary(page.parent / "slow", "maml", 0.001, 0, [400, 800, 1600, math.inf])
     write_summary(page.parent / "fast", "maml", 0.001, 0, [200, 200, 200, 200])
     pairs = {"ours": ["slow/maml", "fast/maml"]}
-    claim = {"paper": "faster", "here": "so", "column": "epoch_to_convergence", "pairs": pairs}
-    write_tables(page.parent, toy={"claims": [claim]})
+    claim = {"says": "faster", "here": "so", "column": "epoch_to_convergence", "pairs": pairs}
+    write_tables(page.parent, toy={"claims": [claim], "heading": "the paper"})
     row = fill.table("toy", page.parent).splitlines()[-1].strip("| ").split(" | ")
     assert row[:2] == ["faster", "so"] and row[3] == "3.07×"
     assert row[2].startswith("ours 5.66×")  # of 2, 4, 8, ∞ it lies between 4 and 8: √32 = 5.66
