@@ -58,11 +58,13 @@ def looks(labels):
 
 
 def draw_lines(panel, curves, names=None):
-    """Lines with bands; names: {label: what the legend says}."""
-    for i, (label, look) in enumerate(looks(list(curves)).items()):
-        x, middle, low, high = curves[label]
-        panel.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
-        panel.plot(x, middle, markevery=(i % 8, 8), label=(names or {}).get(label, label), **look)
+    """Lines with bands; names: {label: what the legend says}, of whose lines some may be missing."""
+    names = names or {label: label for label in curves}
+    for i, (label, look) in enumerate(looks(list(names)).items()):
+        if label in curves:
+            x, middle, low, high = curves[label]
+            panel.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+            panel.plot(x, middle, markevery=(i % 8, 8), label=names[label], **look)
     panel.grid(alpha=0.3)
     panel.xaxis.set_major_formatter(short)
 
