@@ -24,7 +24,12 @@ NAMES = {
     "F": "F: no adaptation",
     "G": "G: told the task",
 }
-CONTROLS = {"cartpole-pg": "larger-beta/cartpole", "crossing-pg": "larger-beta/crossing"}  # FOMAML with 2β
+CONTROLS = {  # FOMAML with 2β
+    "cartpole-pg": "larger-beta/cartpole",
+    "crossing-pg": "larger-beta/crossing",
+    "cartpole-ac": "larger-beta/cartpole-ac",
+    "crossing-ac": "larger-beta/crossing-ac",
+}
 
 
 def read_rows(path):

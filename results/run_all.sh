@@ -48,6 +48,8 @@ experiment crossing-ac --env crossing --algo $all --seed 1-10 --rl ac --epochs 2
 # Their control: β + δ / M without a δ-step
 experiment larger-beta/cartpole --env cartpole --algo fomaml --beta 0.002 --seed 1-10 --epochs 250
 experiment larger-beta/crossing --env crossing --algo fomaml --beta 0.001 --seed 1-10 --epochs 200
+experiment larger-beta/cartpole-ac --env cartpole --algo fomaml --beta 0.002 --seed 1-10 --rl ac --epochs 200
+experiment larger-beta/crossing-ac --env crossing --algo fomaml --beta 0.001 --seed 1-10 --rl ac --epochs 200
 # Fig. 3, the ablation of δ, Eq. 2 to the letter, and Table II
 four="fomaml directed-fomaml meta-sgd directed-meta-sgd"
 experiment fig3 --env cartpole --algo $four --beta 0.02 --seed 1-10 --epochs 200
