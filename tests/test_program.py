@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+from functools import partial
 import sys
 
 import pytest
@@ -19,6 +21,7 @@ def run_with(numpy, tmp_path, redirected=""):
     return subprocess.run(
         ["sh", "-c", f'exec "{sys.executable}" run.py {redirected}'],
         cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )  # fmt: skip
 
 
