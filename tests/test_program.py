@@ -4,8 +4,8 @@ import os
 import shutil
 import signal
 import subprocess
-from functools import partial
 import sys
+from functools import partial
 
 import pytest
 
