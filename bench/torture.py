@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs
 import run
 from bench import damage, fuzz
-from bench.compare import differences, equal  # noqa: F401 (the tests' too)
+from bench.compare import differences
 from harness.settings import algorithms
 
 REPOSITORY = Path(__file__).resolve().parent.parent

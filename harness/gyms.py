@@ -141,7 +141,8 @@ class Gymnasium:
 
 
 def seed_of(u):
-    """The seed of a reset, the number of the cell of which u in (0, 1) is the midpoint: 0 to 2²³ − 1, odd and even."""
+    """The seed of a reset, the number of the cell of which u in (0, 1) is the midpoint: 0 to
+    2²³ − 1, odd and even."""
     return int(u * 2**23)
 
 

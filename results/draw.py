@@ -4,7 +4,6 @@ From the repository's root: `python -m results.draw`. Nothing here reads runs: t
 is committed.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 import maml
 from harness.figures import COLOURS, MARKERS, short
 from results import protocol
-from results.fill import read_summary
+from results.fill import read_rows, read_summary
 
 ROOT = Path(__file__).parent
 NAMES = {
@@ -30,11 +29,6 @@ CONTROLS = {  # FOMAML with 2β
     "cartpole-ac": "larger-beta/cartpole-ac",
     "crossing-ac": "larger-beta/crossing-ac",
 }
-
-
-def read_rows(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def read_curves(path, against):

@@ -77,10 +77,15 @@ def number(text):
         return text
 
 
+def read_rows(path):
+    """The rows of a CSV file, a dict each."""
+    with open(path, encoding="utf-8", newline="") as lines:
+        return list(DictReader(lines))
+
+
 def csv_table(root, csv, columns, where=None):
     """Rows of a CSV file by formats of their columns. Raises ValueError where a column is missing."""
-    with open(root / csv, encoding="utf-8", newline="") as lines:
-        rows = [row for row in DictReader(lines) if (where or {}).items() <= row.items()]
+    rows = [row for row in read_rows(root / csv) if (where or {}).items() <= row.items()]
     try:
         cells = [{key: number(text) for key, text in row.items()} for row in rows]
         shown = [{heading: form.format_map(row) for heading, form in columns.items()} for row in cells]
@@ -94,9 +99,8 @@ def csv_table(root, csv, columns, where=None):
 def medians_table(root, medians, by):
     """Medians over seeds of a CSV file's columns, with 95% intervals, for each of the values of the columns `by`."""
     groups = {}
-    with open(root / medians, encoding="utf-8", newline="") as lines:
-        for row in DictReader(lines):
-            groups.setdefault(tuple(row[column] for column in by), []).append(row)
+    for row in read_rows(root / medians):
+        groups.setdefault(tuple(row[column] for column in by), []).append(row)
     rows = []
     for values, runs in groups.items():
         columns = [column for column in runs[0] if column not in (*by, "seed")]

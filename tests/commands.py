@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 import run
+from bench.compare import TIMES
 from harness import processes
 
 REPOSITORY = Path(run.__file__).parent
 SMALL = ["--tasks", "2", "--trajectories", "3", "--horizon", "12", "--hidden", "8", "--eval-every", "2"]
 SMALL += ["--eval-steps", "1", "--workers", "1", "--quiet"]
-TIMES = ("seconds", "sample_seconds")
 PATIENCE = 120  # seconds that a test waits for what takes one or two on an idle machine
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import run
-from bench import torture
+from bench import compare, torture
 from harness import checkpoints
 from tests.commands import refused, rows, snapshot, train
 
@@ -54,7 +54,7 @@ def test_runs_that_are_stacked_come_apart_as_they_were():
     stacked = checkpoints.stack(runs, "cpu")
     assert stacked["theta"]["w"].shape == (3, 1, 2, 3)
     for i, original in enumerate(runs):
-        assert torture.equal(checkpoints.take(stacked, i), original)
+        assert compare.equal(checkpoints.take(stacked, i), original)
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
@@ -428,7 +428,7 @@ def test_a_crash_at_any_step_of_writing_checkpoints_parts_no_sweep(three_runs, t
     monkeypatch.setattr(run, "train", counted)
     train(tmp_path, *THREE_RUNS, "--resume")
     assert sizes == [3]  # they continue as one batch
-    assert torture.differences(three_runs, tmp_path) == []
+    assert compare.differences(three_runs, tmp_path) == []
 
 
 def test_a_stale_pending_checkpoint_is_not_taken(out, tmp_path):
@@ -441,7 +441,7 @@ def test_a_stale_pending_checkpoint_is_not_taken(out, tmp_path):
     (folder / checkpoints.PENDING).write_bytes(checkpoints.packed(pending))
     train(out, "--resume", epochs=6)
     train(tmp_path / "whole", epochs=6)
-    assert torture.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
+    assert compare.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
 
 
 def test_a_crash_of_overwrite_leaves_no_old_run_for_resume(out, tmp_path, monkeypatch):
@@ -459,7 +459,7 @@ def test_a_crash_of_overwrite_leaves_no_old_run_for_resume(out, tmp_path, monkey
     train(out, *words, "--resume", algo="fomaml directed-fomaml")
     train(tmp_path / "whole", *words, algo="fomaml directed-fomaml")
     for algo in ("fomaml", "directed-fomaml"):
-        assert torture.differences(tmp_path / "whole/cartpole-pg" / algo, out / "cartpole-pg" / algo) == []
+        assert compare.differences(tmp_path / "whole/cartpole-pg" / algo, out / "cartpole-pg" / algo) == []
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, hostile, fifo_instead])
@@ -471,7 +471,7 @@ def test_a_pending_checkpoint_that_cannot_be_read_is_discarded(out, tmp_path, mo
     damage(pending)
     train(out, "--resume", epochs=6)
     train(tmp_path / "whole", epochs=6)
-    assert torture.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
+    assert compare.differences(tmp_path / "whole/cartpole-pg/fomaml", out / "cartpole-pg/fomaml") == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
@@ -491,7 +491,7 @@ def test_a_sweep_killed_at_random_moments_equals_one_that_was_not(tmp_path, star
         epochs = max(len(rows(path)) for path in (tmp_path / "killed").rglob("log.csv"))  # processes differ
     train(tmp_path / "killed", *words, "--resume", algo="directed-fomaml", epochs=epochs + 2)
     train(tmp_path / "whole", *words, algo="directed-fomaml", epochs=epochs + 2)
-    assert torture.differences(tmp_path / "whole", tmp_path / "killed") == []
+    assert compare.differences(tmp_path / "whole", tmp_path / "killed") == []
 
 
 # --- two processes at once ---
@@ -616,7 +616,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_the_last_checkpoint_continues
     (small_disk / "ballast").unlink()
     train(small_disk, "--seed", 1, 2, "--resume", epochs=6)
     train(tmp_path / "whole", "--seed", 1, 2, epochs=6)
-    assert torture.differences(tmp_path / "whole", small_disk) == []
+    assert compare.differences(tmp_path / "whole", small_disk) == []
 
 
 def test_no_space_for_the_report_is_one_line_after_the_training_is_safe(small_disk, capsys, monkeypatch):

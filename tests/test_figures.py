@@ -68,6 +68,17 @@ def test_a_curve_begins_with_the_last_run_and_ends_with_the_first_that_did_not_f
     np.testing.assert_array_equal(figures.curve(failed, "env_steps", 2)[0], [90, 280])
 
 
+def test_a_curve_goes_on_to_a_window_with_the_last_return_of_runs_that_ended_before():
+    runs = [logged([2, 2, 2], [100, 200, 300]), logged([4, 4], [200, 250])]
+    x, middle, *_ = figures.curve(runs, "env_steps", 3, end=400)
+    np.testing.assert_array_equal([x, middle], [[200, 300, 400], [3, 3, 3]])
+    for run in runs:
+        run.log["seconds"] = run.log["epoch"]
+    lines = [line.split(",") for line in figures.curves({"a": runs}, window=400).splitlines()[1:]]
+    ends = {key: max(float(x) for _, against, x, *_ in lines if against == key) for _, key, *_ in lines}
+    assert ends == {"epoch": 2, "env_steps": 400, "seconds": 2}
+
+
 def test_the_passages_of_a_figure_by_hand():
     """Runs that reach 10, 20 and 30 in their first epochs of 100, 200 and 300 env steps: over 5 at the median
     of those, over 15 at 200, 300 and never, over 25 at 300, never and never, which ends the line."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import run
-from bench import torture
+from bench import compare, torture
 from harness import processes, sampling
 from harness.checkpoints import Run
 from harness.processes import share_out
@@ -43,8 +43,8 @@ def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_in_any_number_of
     train(tmp_path / "alone", *size, "--seed", 2, "--workers", 0, **words)
     train(tmp_path / "one", *size, *sweep, "--workers", 1, **words)
     train(tmp_path / "two", *size, *sweep, "--workers", 2, **words)
-    assert torture.differences(tmp_path / "one", tmp_path / "two") == []
-    assert torture.differences(tmp_path / "alone", tmp_path / "two", "delta0.005/seed2") == []
+    assert compare.differences(tmp_path / "one", tmp_path / "two") == []
+    assert compare.differences(tmp_path / "alone", tmp_path / "two", "delta0.005/seed2") == []
     log = rows(tmp_path / f"alone/{env}-pg/directed-maml/delta0.005/seed2/log.csv")
     assert len(log) == epochs
     assert env != "cartpole" or float(log[-1]["return_post"]) > 1.5 * float(log[0]["return_post"])
@@ -72,7 +72,7 @@ def test_a_run_is_the_same_to_the_last_bit_alone_and_in_a_sweep_whatever_the_siz
     env, algo, *size = words.split()
     train(tmp_path / "alone", *size, "--seed", 2, env=env, algo=algo, epochs=2)
     train(tmp_path / "sweep", *size, "--seed", "1-5", env=env, algo=algo, epochs=2)
-    assert torture.differences(tmp_path / "alone", tmp_path / "sweep", "seed2") == []
+    assert compare.differences(tmp_path / "alone", tmp_path / "sweep", "seed2") == []
 
 
 SWEEP = ["--env", "cartpole", "--algo", "maml", "fomaml", "--seed", 1, 2, "--workers", 2]

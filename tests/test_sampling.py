@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import torture
+from bench import compare
 from envs import rollout
 from harness import sampling
 from harness.checkpoints import RunError
@@ -101,4 +101,4 @@ def test_training_does_not_depend_on_the_workers_and_resumes_exactly(tmp_path):
         for epochs, workers in commands:
             words = [*GYM, "--workers", workers, "--resume"]
             train(tmp_path / name, *words, env="Pendulum-v1", algo="directed-maml", epochs=epochs)
-    assert torture.differences(tmp_path / "once", tmp_path / "twice") == []
+    assert compare.differences(tmp_path / "once", tmp_path / "twice") == []
