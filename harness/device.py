@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from functools import partial
 
 import torch
 
@@ -10,7 +11,11 @@ from harness.checkpoints import RunError
 
 WARM_UP = 3  # epochs before a recording: they compile, and libraries allocate what they need
 # Products by Triton, which take the bias and the activation into their kernel: measured faster for 1 and for 256 runs.
-OPTIONS = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON"}
+# Triton has none in float64, and torch offers none on GPUs with fewer than 68 multiprocessors.
+TRITON_PRODUCTS = {
+    "max_autotune": True, "max_autotune_gemm_backends": "TRITON",
+    "autotune_num_choices_displayed": 0,  # else torch prints a table of every kernel that it tried
+}  # fmt: skip
 
 
 def choose_device(name, env):
@@ -30,22 +35,26 @@ def memory(device="cpu"):
 
 
 def step_compiler(device):
-    """torch.compile for a rollout's time step; None, and one line, where it does not work: no Triton, no C compiler."""
-    if device != "cuda":
+    """A function that compiles a rollout's time step, with Triton's products where there are any; None, and one line,
+    where nothing compiles: no Triton, no C compiler."""
+    if device == "cpu":
         return None
-    try:
-        compiled(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as error:  # whatever a compiler may raise
-        say("a rollout's step is not compiled, so rollouts are slower", error)
-        return None
-    return compiled
+    x = torch.zeros(2, 16, 16, device=device)
+    for options in (TRITON_PRODUCTS, None):
+        compiler = partial(compiled, options=options)
+        try:
+            compiler(torch.matmul)(x, x)
+            return compiler
+        except Exception as error:  # whatever a compiler may raise
+            failure = error
+    say("a rollout's step is not compiled, so rollouts are slower", failure)
+    return None
 
 
-def compiled(step):
+def compiled(step, options=None):
     """A time step as one compiled function for each shape. torch caches the code on the disk for the next command."""
     # one shape for the tasks, one each for the medium task, the evaluation and what is left when a run has failed
     torch._dynamo.config.recompile_limit = 64
-    options = OPTIONS if torch.cuda.is_available() else None
     return torch.compile(step, dynamic=False, options=options)
 
 

@@ -100,3 +100,21 @@ def test_a_compiled_step_is_the_eager_one(env, float64):
     """θ after three epochs."""
     thetas = [theta_after(make_batch("cpu", env=env, compiled=compiled)) for compiled in (None, device.compiled)]
     torch.testing.assert_close(*thetas, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("working", [[device.TRITON_PRODUCTS, None], [None], []])
+def test_a_step_is_compiled_as_well_as_it_can_be(working, monkeypatch, capsys):
+    """Triton has no products in float64 and on small GPUs; where nothing compiles a line says so."""
+
+    def compiled(step, options):
+        if options not in working:
+            raise RuntimeError("no choices")
+        return lambda *args: options
+
+    monkeypatch.setattr(device, "compiled", compiled)
+    compiler = device.step_compiler("meta")
+    if working:
+        assert compiler(None)() == working[0]
+    else:
+        assert compiler is None
+        assert capsys.readouterr().err.count("is not compiled, so rollouts are slower (RuntimeError: no choices)") == 1
