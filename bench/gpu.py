@@ -102,7 +102,7 @@ def check_agreement(device, small):
 def train_here(dtype, out, *words):
     """A command of run.py in this process, without its report. Returns the state of its run, the first of several."""
     torch.set_default_dtype(dtype)
-    with mock.patch.object(report, "write", lambda root: ([], [])):
+    with mock.patch.object(report, "write", lambda *args: ([], [])):
         run.main([*map(str, words), "--out", str(out), "--quiet"])
     return checkpoints.load(min(Path(out).rglob(checkpoints.CHECKPOINT)))
 
