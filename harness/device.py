@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import warnings
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ WARM_UP = 3  # epochs before a recording: they compile, and libraries allocate w
 # Triton has none in float64, and torch offers none on GPUs with fewer than 68 multiprocessors.
 TRITON_PRODUCTS = {
     "max_autotune": True, "max_autotune_gemm_backends": "TRITON",
-    "autotune_num_choices_displayed": 0,  # else torch prints a table of every kernel that it tried
+    "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False,  # else it prints what it tried
 }  # fmt: skip
 
 
@@ -39,6 +40,7 @@ def step_compiler(device):
     where nothing compiles: no Triton, no C compiler."""
     if device == "cpu":
         return None
+    warnings.filterwarnings("ignore", module=r"torch\._inductor")  # that TF32 is not used; that torch calls itself
     x = torch.zeros(2, 16, 16, device=device)
     for options in (TRITON_PRODUCTS, None):
         compiler = partial(compiled, options=options)

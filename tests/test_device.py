@@ -118,3 +118,7 @@ def test_a_step_is_compiled_as_well_as_it_can_be(working, monkeypatch, capsys):
     else:
         assert compiler is None
         assert capsys.readouterr().err.count("is not compiled, so rollouts are slower (RuntimeError: no choices)") == 1
+
+
+def test_torch_knows_the_compiler_s_options():
+    assert set(device.TRITON_PRODUCTS) <= set(torch._inductor.list_options())
