@@ -45,10 +45,12 @@ def check_experiments(root, names):
 
 
 def check_figures(root):
-    """Each curves.csv has its figure."""
-    for path in sorted(root.glob("**/curves.csv")):
-        if not path.with_suffix(".png").exists():
-            yield f"{path}: there is no figure of it; run python -m results.draw"
+    """Each figure that a page shows is there, and there is no other."""
+    shown, drawn = set(fill.figures(root)), set(root.glob("**/*.png"))
+    for path in sorted(shown - drawn):
+        yield f"{path}: there is no such figure; run python -m results.draw"
+    for path in sorted(drawn - shown):
+        yield f"{path}: no page shows it"
 
 
 def list_experiments(script):

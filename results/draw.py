@@ -1,4 +1,4 @@
-"""Draw every figure of this folder from its CSV files; needs matplotlib.
+"""Draw every figure that a page of this folder shows from its CSV files; needs matplotlib.
 
 From the repository's root: `python -m results.draw`. Nothing here reads runs: the figures can be drawn again from what
 is committed.
@@ -10,7 +10,7 @@ import numpy as np
 
 import maml
 from harness.figures import COLOURS, MARKERS, short
-from results import protocol
+from results import fill, protocol
 from results.fill import read_rows, read_summary
 
 ROOT = Path(__file__).parent
@@ -156,14 +156,14 @@ def main():
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figures = {}
-    if (ROOT / "protocol" / "differences.csv").exists():
-        figures[ROOT / "protocol" / "differences.png"] = draw_differences(plt)
-    for path in sorted(ROOT.glob("**/curves.csv")):
+    for path in fill.figures(ROOT):
         folder = path.parent
-        in_protocol = folder.parent.name == "protocol"
-        figures[folder / "curves.png"] = draw_family(plt, folder.name) if in_protocol else draw_experiment(plt, folder)
-    for path, figure in figures.items():
+        if path == ROOT / "protocol" / "differences.png":
+            figure = draw_differences(plt)
+        elif folder.parent == ROOT / "protocol":
+            figure = draw_family(plt, folder.name)
+        else:
+            figure = draw_experiment(plt, folder)
         figure.savefig(path, dpi=110)
         plt.close(figure)
         print(path.relative_to(ROOT.parent))

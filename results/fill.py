@@ -34,6 +34,7 @@ from harness.text import markdown
 
 ROOT = Path(__file__).parent
 PAGES = ("README.md", "docs/flags.md", "results/README.md", "results/paper.md")
+FIGURE = re.compile(r"!\[[^]]*\]\((.+?\.png)\)")
 POWER = 2.8  # 1.96 + 0.84: 80% power at 0.05, two-sided, by a normal's quantiles
 
 # The comment, then the table and the line on its arms if they are there, with the empty lines around them.
@@ -155,6 +156,12 @@ def table(name, root=ROOT):
         return KINDS[kinds[0]](root, **spec)
     except (TypeError, KeyError) as error:
         raise ValueError(f"table {name}: {type(error).__name__}: {error}") from error
+
+
+def figures(root=ROOT):
+    """The figures that the pages of this folder show."""
+    pages = [page.read_text(encoding="utf-8") for page in root.glob("*.md")]
+    return sorted({root / link for page in pages for link in FIGURE.findall(page)})
 
 
 def report_tables(folder):

@@ -215,13 +215,15 @@ def test_experiments_and_folders_are_checked_both_ways(tmp_path):
     assert line == f"{tmp_path / 'later'}: README.md says that it was not run"
 
 
-def test_each_curve_has_a_figure(tmp_path):
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "curves.csv").write_text("label\n")
+def test_figures_are_those_that_pages_show(tmp_path):
+    (tmp_path / "page.md").write_text("![Toy](toy/curves.png)\n")
     (line,) = check.check_figures(tmp_path)
-    assert line.startswith(f"{tmp_path / 'toy' / 'curves.csv'}: ")
+    assert line.startswith(f"{tmp_path / 'toy' / 'curves.png'}: there is no such figure")
+    (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "curves.png").write_bytes(b"")
     assert list(check.check_figures(tmp_path)) == []
+    (tmp_path / "page.md").write_text("Toy.\n")
+    assert list(check.check_figures(tmp_path)) == [f"{tmp_path / 'toy' / 'curves.png'}: no page shows it"]
 
 
 def test_the_command_prints_a_line_for_each_problem_and_exits_with_1(monkeypatch, capsys):
@@ -469,8 +471,10 @@ def test_the_figures_are_drawn_from_committed_files_alone(tmp_path, monkeypatch)
     row |= {"effect": 0.5}
     lines = ",".join(row), ",".join(map(str, row.values()))
     (tmp_path / "protocol" / "differences.csv").write_text("\n".join(lines) + "\n")
+    names = ("protocol/differences.png", "protocol/point/curves.png", "toy/curves.png")
+    (tmp_path / "README.md").write_text("".join(f"![A figure]({name})\n" for name in names))
     draw.main()
-    for name in ("protocol/differences.png", "protocol/point/curves.png", "toy/curves.png"):
+    for name in names:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
