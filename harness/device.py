@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from harness.checkpoints import RunError
+from harness.errors import first_line
 
 WARM_UP = 3  # epochs before a recording: they compile, and libraries allocate what they need
 # Products by Triton, which take the bias and the activation into their kernel: measured faster for 1 and for 256 runs.
@@ -45,7 +46,7 @@ def step_compiler(device):
     for options in (TRITON_PRODUCTS, None):
         compiler = partial(compiled, options=options)
         try:
-            compiler(torch.matmul)(x, x)
+            compiler(lambda x: (x @ x).tanh() + 1)(x)  # a product, and what needs a kernel of its own
             return compiler
         except Exception as error:  # whatever a compiler may raise
             failure = error
@@ -64,16 +65,16 @@ class Recorded:
     """A function of a batch as one CUDA graph: its kernels then run without Python between them.
 
     The function must change tensors in place and ask nothing of the host. Its first calls are real ones; then it is
-    recorded, and replayed from there on; for another batch, or other options, anew. On a CPU, under several ranks and
-    where recording fails it is called as it is.
+    recorded, and replayed from there on; for another batch, or other options, anew. On a CPU, under several ranks, with
+    gymnasium's environments, which are sampled there, and where recording fails it is called as it is.
     """
 
     def __init__(self, function):
-        self.function, self.fixed = function, None
+        self.function, self.fixed, self.stream = function, None, None
         self.calls, self.graph, self.returned = 0, None, None
 
     def __call__(self, batch):
-        if batch.device != "cuda":
+        if batch.device != "cuda" or batch.env.is_gymnasium:
             return self.function(batch)
         options = {name: x for name, x in batch.learner_options.items() if not isinstance(x, torch.Tensor)}
         fixed = batch, options  # what a recording cannot change
@@ -89,11 +90,11 @@ class Recorded:
 
     def warm_up(self, batch):
         """A real call on a stream of its own, as torch asks for before a recording."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream = self.stream or torch.cuda.Stream()  # each stream has memory of its own
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             returned = self.function(batch)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return returned
 
     def record(self, batch):
@@ -110,5 +111,5 @@ class Recorded:
 
 
 def say(line, error=None):
-    reason = "" if error is None else f" ({type(error).__name__}: {str(error).strip().splitlines()[0][:150]})"
+    reason = "" if error is None else f" ({first_line(error)[:200]})"
     print(f"run.py: {line}{reason}", file=sys.stderr)

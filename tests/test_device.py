@@ -1,6 +1,7 @@
 """An epoch asks nothing of the host, compiled steps are the eager ones, and a GPU's numbers are a CPU's."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,13 @@ def test_a_step_is_compiled_as_well_as_it_can_be(working, monkeypatch, capsys):
     else:
         assert compiler is None
         assert capsys.readouterr().err.count("is not compiled, so rollouts are slower (RuntimeError: no choices)") == 1
+
+
+def test_an_epoch_whose_environments_are_on_the_cpu_is_never_recorded():
+    """A recording that fails leaves torch on the recording's stream."""
+    batch = SimpleNamespace(device="cuda", env=SimpleNamespace(is_gymnasium=True))
+    epoch = device.Recorded(lambda batch: "called")
+    assert [epoch(batch) for _ in range(device.WARM_UP + 2)] == ["called"] * (device.WARM_UP + 2)
 
 
 def test_torch_knows_the_compiler_s_options():
