@@ -11,7 +11,6 @@ import numpy as np
 import maml
 from harness.figures import COLOURS, MARKERS, short
 from results import fill, protocol
-from results.fill import read_rows, read_summary
 
 ROOT = Path(__file__).parent
 NAMES = {
@@ -34,7 +33,7 @@ CONTROLS = {  # FOMAML with 2β
 def read_curves(path, against):
     """curves.csv -> {label: (x, median, low, high)}."""
     found = {}
-    for row in read_rows(path):
+    for row in fill.read_rows(path):
         if row["against"] == against:
             found.setdefault(row["label"], []).append([float(row[key]) for key in ("x", "median", "low", "high")])
     return {label: np.array(numbers).T for label, numbers in found.items()}
@@ -82,7 +81,7 @@ def draw_experiment(plt, folder):
         ends = sorted(x[-1] for x, *_ in lines.values())
         panel.set_xlim(0, 1.02 * ends[len(ends) // 2])  # one slow arm does not stretch the axis
     panels[0].set_ylabel("mean return (undiscounted, EMA 0.9)")
-    seeds = len(next(iter(read_summary(folder).values()))["seed"])
+    seeds = len(next(iter(fill.read_summary(folder).values()))["seed"])
     figure.suptitle(f"{name}: return after adaptation; median of {seeds} seeds, pointwise 95% interval")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -91,7 +90,7 @@ def draw_experiment(plt, folder):
 def draw_family(plt, name):
     """The arms of a family of the protocol, over its window."""
     curves = read_curves(ROOT / "protocol" / name / "curves.csv", "env_steps")
-    summary = read_summary(ROOT / "protocol" / name)
+    summary = fill.read_summary(ROOT / "protocol" / name)
     figure, panel = plt.subplots(figsize=(8, 5.5), layout="constrained")
     draw_lines(panel, curves, NAMES)
     window = protocol.FAMILIES[name].window
@@ -107,7 +106,7 @@ def draw_family(plt, name):
 
 def draw_differences(plt):
     """The paired differences of the area, in units of each family's smallest effect of interest."""
-    rows = read_rows(ROOT / "protocol" / "differences.csv")
+    rows = fill.read_rows(ROOT / "protocol" / "differences.csv")
     names = {
         "B-A": "B − A: δ-step − none",
         "B-E": "B − E: δ-step − larger β",

@@ -441,7 +441,7 @@ def test_the_protocols_runs_and_comparisons_are_checked(small_protocol, tmp_path
     ]
     protocol.main([])
     assert list(check.check_protocol()) == []
-    rows = {row["comparison"]: row for row in draw.read_rows(tmp_path / "differences.csv")}
+    rows = {row["comparison"]: row for row in fill.read_rows(tmp_path / "differences.csv")}
     assert float(rows["B-A"]["mean"]) == 1 and float(rows["A-F"]["mean"]) == -5
     assert rows["B-A"]["verdict"] == "better"  # p is 2 / 2^12, times 15
     assert float(rows["B-A"]["holm"]) == pytest.approx(15 * 2 / 2**12, rel=1e-3)
