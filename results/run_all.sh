@@ -50,6 +50,7 @@ experiment larger-beta/cartpole --env cartpole --algo fomaml --beta 0.002 --seed
 experiment larger-beta/crossing --env crossing --algo fomaml --beta 0.001 --seed 1-10 --epochs 200
 experiment larger-beta/cartpole-ac --env cartpole --algo fomaml --beta 0.002 --seed 1-10 --rl ac --epochs 200
 experiment larger-beta/crossing-ac --env crossing --algo fomaml --beta 0.001 --seed 1-10 --rl ac --epochs 200
+experiment larger-beta/lunarlander --env lunarlander --algo fomaml --beta 0.002 --seed 1-5 --epochs 350 --eval-every 100
 # Fig. 3, the ablation of δ, Eq. 2 to the letter, and Table II
 four="fomaml directed-fomaml meta-sgd directed-meta-sgd"
 experiment fig3 --env cartpole --algo $four --beta 0.02 --seed 1-10 --epochs 200
