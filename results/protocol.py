@@ -55,6 +55,8 @@ class Family:
     arms: str = "ABCDEFG"
     configurations: int = 12
     tuning_seeds: str = "101-103"
+    first_seed: int = 1001  # of the test
+    repeats: str = ""  # the family whose experiment this one repeats
 
     def epochs_of(self, arm):
         return self.epochs if arm in ADAPTING else 2 * self.epochs
@@ -69,6 +71,10 @@ FAMILIES = {
         (0.001, 0.03), (0.001, 0.03), 1_200_000, 70, 12,
         "--optimizer adam --baseline step", "ABDEF", 6, "101-102",
     ),
+    "cartpole-again": Family(
+        (0.001, 0.03), (0.001, 0.03), 1_300_000, 150, 4,
+        arms="ABDE", tuning_seeds="111-120", first_seed=2001, repeats="cartpole",
+    ),
 }  # fmt: skip
 RATIO = (0.5, 10)  # δ / β
 EXTENSION = 3  # an extension's β lie within this factor beyond the range
@@ -79,17 +85,22 @@ FACTOR = 14.3  # (2.94 + 0.84)²: 80% power at p < 0.05 / 15, by a normal's quan
 # --- configurations ---
 
 
+def env_of(name):
+    """The environment of a family, which a repetition shares."""
+    return FAMILIES[name].repeats or name
+
+
 def configurations(name):
     """A family's (N, 3) step sizes α, β, δ: a Latin hypercube on log scales, to three digits."""
     family = FAMILIES[name]
-    return drawn(name, family.configurations, family.beta)
+    return drawn(env_of(name), family.configurations, family.beta)
 
 
 def extension(name, upwards):
     """A third as many configurations with β beyond the range."""
     low, high = FAMILIES[name].beta
     beta = (high, high * EXTENSION) if upwards else (low / EXTENSION, low)
-    return drawn(f"{name} extended", FAMILIES[name].configurations // 3, beta)
+    return drawn(f"{env_of(name)} extended", FAMILIES[name].configurations // 3, beta)
 
 
 def drawn(text, count, beta):
@@ -105,7 +116,7 @@ def drawn(text, count, beta):
 def flags(name, arm, sizes, seeds):
     """The flags of an arm's runs, without --out."""
     family, (alpha, beta, delta) = FAMILIES[name], sizes
-    said = f"--env {name} {ARMS[arm]} {family.flags} --beta {beta:g}"
+    said = f"--env {env_of(name)} {ARMS[arm]} {family.flags} --beta {beta:g}"
     if arm in ADAPTING:
         said += f" --alpha {alpha:g}"
     if arm in DIRECTED:
@@ -221,7 +232,8 @@ def seeds_needed(name):
 
 
 def test_seeds(name):
-    return f"1001-{1000 + seeds_needed(name)[0]}"
+    first = FAMILIES[name].first_seed
+    return f"{first}-{first + seeds_needed(name)[0] - 1}"
 
 
 def seeds_of(text):
@@ -285,6 +297,15 @@ def holm(p, count):
     return adjusted
 
 
+def adjust(p):
+    """{(family, comparison): p} -> the same by Holm's method, for the main experiment and for its repetitions apart."""
+    repetitions = {name for name, family in FAMILIES.items() if family.repeats}
+    adjusted = {}
+    for names in (FAMILIES.keys() - repetitions, repetitions):
+        adjusted |= holm({key: p[key] for key in p if key[0] in names}, len(names) * len(PRIMARY))
+    return adjusted
+
+
 def tested():
     """The families whose test runs are there."""
     return [name for name in FAMILIES if (ROOT / name / "summary.csv").exists()]
@@ -301,7 +322,7 @@ def differences():
                 assert ours["seed"] == theirs["seed"]
                 found[name, comparison] = np.array(ours["area"]) - np.array(theirs["area"])
     p = {key: p_value(x) for key, x in found.items()}
-    adjusted = holm({key: p[key] for key in p if key[1] in PRIMARY}, len(FAMILIES) * len(PRIMARY))
+    adjusted = adjust({key: p[key] for key in p if key[1] in PRIMARY})
     rows = []
     for key, x in found.items():
         name, comparison = key

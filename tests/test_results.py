@@ -345,6 +345,17 @@ def test_holms_adjustment_by_hand():
     assert protocol.holm({"a": 0.02, "b": 0.01, "c": 0.025}, 4) == pytest.approx({"b": 0.04, "a": 0.06, "c": 0.06})
 
 
+def test_a_repetition_has_the_same_configurations_fresh_seeds_and_an_adjustment_of_its_own():
+    [(name, family)] = [(name, family) for name, family in protocol.FAMILIES.items() if family.repeats]
+    first = protocol.FAMILIES[family.repeats]
+    assert np.array_equal(protocol.configurations(name), protocol.configurations(family.repeats))
+    assert parse(protocol.flags(name, "B", (0.01, 0.02, 0.03), "1-3")).env == family.repeats
+    assert not set(protocol.seeds_of(family.tuning_seeds)) & set(protocol.seeds_of(first.tuning_seeds))
+    assert family.first_seed > first.first_seed + protocol.MOST
+    adjusted = protocol.adjust({(name, "B-A"): 0.01, (family.repeats, "B-A"): 0.002})
+    assert adjusted == pytest.approx({(name, "B-A"): 3 * 0.01, (family.repeats, "B-A"): 15 * 0.002})
+
+
 @pytest.mark.parametrize(
     "holm, mean, low90, high90, says",
     [
