@@ -32,9 +32,10 @@ from harness.errors import End, first_line
 from harness.gyms import info_names
 from harness.log import Rows, fail, fetched, info_means, log_epoch, log_evaluation, measure
 from harness.optimizers import OPTIMIZERS
+from harness.plan import check_memory, folder_of_all, make_env, with_family_defaults
 from harness.ranks import check_ranks
 from harness.sampling import open_sampler
-from harness.settings import check_memory, folder_of_all, learner_of, make_env, parse, with_family_defaults
+from harness.settings import learner_of, parse
 from harness.start import begin, new_runs
 from harness.text import quoted
 

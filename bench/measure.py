@@ -19,7 +19,8 @@ import run
 from bench import reference
 from harness import log, processes, ranks, sampling
 from harness.log import Rows
-from harness.settings import make_env, parse
+from harness.plan import make_env
+from harness.settings import parse
 from harness.start import new_runs
 
 WARM_UP = 2  # epochs: until then large batches get their memory from the system, at twice the time

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from harness.checkpoints import RunError
 from harness.errors import End, ends_seen, with_place
+from harness.plan import LESS_MEMORY
 from harness.processes import ProcessError
 from harness.ranks import Ranks
-from harness.settings import LESS_MEMORY
 from harness.text import printable
 
 

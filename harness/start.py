@@ -14,7 +14,8 @@ import policies
 from harness import checkpoints
 from harness.checkpoints import Run
 from harness.gyms import info_names
-from harness.settings import before_flags, learner_of, plan
+from harness.plan import before_flags, plan
+from harness.settings import learner_of
 
 
 def new_runs(args, env):

@@ -23,7 +23,8 @@ from envs import WATCH
 from harness import checkpoints, gyms
 from harness.checkpoints import RunError
 from harness.errors import first_line
-from harness.settings import ALL_SETTINGS, before_flags, learner_of
+from harness.plan import before_flags
+from harness.settings import ALL_SETTINGS, learner_of
 from harness.text import setting_text
 
 MOST_NUMBERS = 2**28  # of the episodes that one inner step samples

@@ -10,7 +10,8 @@ import envs
 import maml
 import run
 from harness import checkpoints, trained
-from harness.settings import ALL_SETTINGS, SETTINGS, Setting, make_env, owner_of, parse, plan
+from harness.plan import make_env, plan
+from harness.settings import ALL_SETTINGS, SETTINGS, Setting, owner_of, parse
 from harness.start import first_state
 from tests.commands import refused, rows, train
 

@@ -12,7 +12,8 @@ import policies
 import run
 from harness import device, ranks, sampling
 from harness.log import Rows
-from harness.settings import algorithms, make_env, parse
+from harness.plan import make_env
+from harness.settings import algorithms, parse
 from harness.start import new_runs
 
 FAMILIES = list(envs.ENVS)

@@ -22,7 +22,8 @@ import run
 from envs import ArgumentError
 from harness import checkpoints, gyms, trained, trial, watch
 from harness.gyms import FAMILIES, Gymnasium, make, seed_of
-from harness.settings import make_env, parse, plan
+from harness.plan import make_env, plan
+from harness.settings import parse
 from tests.commands import REPOSITORY, refused, rows, train
 from tests.noise import noise_of, tasks_of
 from tests.test_envs import rollout

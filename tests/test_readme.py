@@ -9,7 +9,8 @@ import torch
 from torch.func import functional_call, vmap
 
 import run
-from harness import settings
+from harness.plan import folder_of_all
+from harness.settings import parse
 from maml import expand, maml
 from results import fill
 from tests.commands import REPOSITORY, SMALL
@@ -185,11 +186,11 @@ def test_no_command_makes_the_runs_of_one_above_it():
     made = set()
     given = [words for text in TEXTS.values() for words in commands(text)]
     assert len(given) >= 10
-    for args in map(settings.parse, given):
+    for args in map(parse, given):
         if args.watch is None and args.report is None and not args.resume:
             algos = [(algo, delta) for algo in args.algo for delta in args.delta or [0.005] if "directed" in algo]
             algos += [(algo, None) for algo in args.algo if "directed" not in algo]
-            new = {(settings.folder_of_all(args), *algo, seed) for algo in algos for seed in args.seed or [1]}
+            new = {(folder_of_all(args), *algo, seed) for algo in algos for seed in args.seed or [1]}
             assert not made & new
             made |= new
 

@@ -12,9 +12,9 @@ import torch
 
 import policies
 import run
-from harness import measures, optimizers, settings
+from harness import measures, optimizers, plan
 from harness.checkpoints import TABLES, Run
-from harness.settings import ALL_SETTINGS, algorithms
+from harness.settings import ALL_SETTINGS, algorithms, parse
 from tests.commands import REPOSITORY, SMALL, refused, rows, snapshot, train
 
 PENDULUM = ["--param", "g", "--range", "5", "15"]
@@ -193,15 +193,15 @@ def test_algorithms_that_train_at_once_need_their_memory_together(tmp_path, caps
     need = 4 * 2 * 5 * (2 * (4 * 1000 + 1000 * 2) + 3 * (1000 + 2))
     words = ["--hidden", 1000, "--tasks", 5, "--trajectories", 1, "--horizon", 1, "--seed", 1, 2]
     for workers, algos, have in ((1, 1, need), (1, 2, need), (2, 1, need), (2, 2, 2 * need)):
-        monkeypatch.setattr(settings, "memory", lambda device, have=have: have - 1)
+        monkeypatch.setattr(plan, "memory", lambda device, have=have: have - 1)
         out = tmp_path / f"{workers}-{algos}"
         algo = " ".join(["maml", "fomaml"][:algos])
         assert "this needs" in refused(capsys, out, *words, "--workers", workers, algo=algo)
-        monkeypatch.setattr(settings, "memory", lambda device, have=have: have)
-        settings.check_memory(args := settings.parse(full(words, workers, algo)), settings.make_env(args), "cpu")
-    settings.check_memory(args, settings.make_env(args), "cpu")
-    monkeypatch.setattr(settings, "memory", lambda device: need)
-    settings.check_memory(args, settings.make_env(args), "cuda")  # one process, one algorithm at a time
+        monkeypatch.setattr(plan, "memory", lambda device, have=have: have)
+        plan.check_memory(args := parse(full(words, workers, algo)), plan.make_env(args), "cpu")
+    plan.check_memory(args, plan.make_env(args), "cpu")
+    monkeypatch.setattr(plan, "memory", lambda device: need)
+    plan.check_memory(args, plan.make_env(args), "cuda")  # one process, one algorithm at a time
 
 
 def full(words, workers, algo):

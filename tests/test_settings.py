@@ -10,7 +10,8 @@ import envs
 import run
 from harness import checkpoints, trained
 from harness.checkpoints import RunError
-from harness.settings import ALL_SETTINGS, DIRECTED, SETTINGS, applies, make_env, parse, plan
+from harness.plan import make_env, plan
+from harness.settings import ALL_SETTINGS, DIRECTED, SETTINGS, applies, parse
 from maml import LEARNERS
 from tests.commands import refused, rows, train
 

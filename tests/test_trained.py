@@ -12,7 +12,8 @@ import policies
 import run
 from harness import trained, watch
 from harness.checkpoints import RunError
-from harness.settings import make_env, parse
+from harness.plan import make_env
+from harness.settings import parse
 from tests.commands import rows, train
 from tests.test_checkpoints import changed, empty, hostile, saved, state_with
 
