@@ -2,7 +2,7 @@
 
 From the repository's root: `python -m results.protocol point velocity` tunes and tests these families, one process a
 core, and resumes where it stopped; run folders go to runs/protocol/. `--commands point` prints the commands of the test
-runs alone. Without a family it compares what there is: choices.csv and differences.csv in results/protocol/.
+runs alone. Without a family it compares what there is: choices.csv, differences.csv and same-sizes.csv.
 """
 
 import argparse
@@ -369,6 +369,20 @@ def choices():
     return rows
 
 
+def same_sizes():
+    """A row for each family: in how many configurations B's mean area over the tuning seeds is larger than that of
+    another arm with the same step sizes, those that it has."""
+    rows = []
+    for name in tested():
+        family, ours = FAMILIES[name], mean_areas(name, "B")
+        row = {"family": name, "seeds": len(seeds_of(family.tuning_seeds)), "configurations": len(ours)}
+        for arm in "ACD":
+            theirs = mean_areas(name, arm)
+            row[arm] = sum(ours[number] > theirs[number] for number in ours) if arm in family.arms else "–"
+        rows.append(row)
+    return rows
+
+
 def text_of(rows):
     """Rows as the text of a CSV file."""
     file = io.StringIO()
@@ -380,7 +394,8 @@ def text_of(rows):
 
 def tables():
     """{file: text} of what is computed from the summaries."""
-    return {"choices.csv": text_of(choices()), "differences.csv": text_of(differences())}
+    made = {"choices.csv": choices(), "differences.csv": differences(), "same-sizes.csv": same_sizes()}
+    return {name: text_of(rows) for name, rows in made.items()}
 
 
 def main(arguments=None):

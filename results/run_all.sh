@@ -60,6 +60,7 @@ experiment delta --env cartpole --algo directed-fomaml --delta 0 0.0005 0.001 0.
 experiment raw --env cartpole --algo maml directed-maml --seed 1-5 --epochs 200 --advantages raw
 experiment lunarlander --env lunarlander --algo maml fomaml meta-sgd directed-maml --seed 1-5 --epochs 350 \
   --eval-every 100
+experiment lunarlander-ac --env lunarlander --algo maml directed-maml --seed 1-5 --rl ac --epochs 350 --eval-every 100
 
 # Exploratory. The learners beside the paper's, and joint training; compare them by env steps
 learners="fomaml maml++ imaml sharp-maml sharp-fomaml"

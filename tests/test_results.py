@@ -504,3 +504,15 @@ def test_noise_lowers_a_single_estimates_cosine_and_not_the_expected_ones():
     found = directions.cosines(estimates)
     assert found["medium task, expected"].item() == pytest.approx(1)
     assert found["medium task, K = 10"].item() == pytest.approx(1 / math.sqrt(2))
+
+
+def test_arms_are_compared_at_the_same_step_sizes(small_protocol):
+    """B is better than A in the first two of three configurations, than C in none, and as good as D in all."""
+    write, _ = small_protocol
+    tried = protocol.configurations("point")
+    areas = {"A": (0, 1, 2), "B": (1, 2, 1), "C": (2, 3, 4), "D": (1, 2, 1), "F": (0, 0, 0), "G": (0, 0, 0)}
+    lines = {f"{arm}{n}": (tried[n - 1], [own[n - 1]] * 3, 101) for arm, own in areas.items() for n in (1, 2, 3)}
+    write("tuning", lines)
+    write(".", {arm: (protocol.sizes_of("point", arm), range(12), 1001) for arm in "ABCDEFG"})
+    expected = {"family": "point", "seeds": 3, "configurations": 3, "A": 2, "C": 0, "D": 0}
+    assert protocol.same_sizes() == [expected]
