@@ -280,7 +280,7 @@ def with_tasks(env, bounds=None, horizon=None, values=None):
 
 
 def with_phi_observed(env):
-    """The family with φ in its observations, now D + P numbers: an oracle, the best that adaptation could do."""
+    """The family with φ in its observations, now D + P numbers: an oracle, whose policy is told its task."""
     return replace(env, obs_dim=env.obs_dim + len(env.phi_names), phi_observed=True)
 
 

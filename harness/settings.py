@@ -206,7 +206,7 @@ SETTINGS = {
         Setting("task_dist", "ρ over Φ: uniform; bimodal: its lowest and highest fifth; skewed: most near LOW",
                 "bimodal", default="uniform", choices=tuple(envs.TASK_DISTS)),
         Setting("horizon", "H, time steps of an episode at most", "100", count, shown="gymnasium's"),
-        Setting("oracle", "φ, scaled to [−1, 1] over Φ, is part of the observation: the best that adaptation could do",
+        Setting("oracle", "φ, scaled to [−1, 1] over Φ, is part of the observation: a policy that is told its task",
                 type=bool),
         Setting("threshold", "mean return from which a run counts as converged", "175", number(float), None, "none",
                 identity=False),

@@ -27,6 +27,7 @@ CONTROLS = {  # FOMAML with 2β
     "crossing-pg": "larger-beta/crossing",
     "cartpole-ac": "larger-beta/cartpole-ac",
     "crossing-ac": "larger-beta/crossing-ac",
+    "lunarlander": "larger-beta/lunarlander",
 }
 
 

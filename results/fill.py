@@ -33,7 +33,7 @@ from harness.settings import SETTINGS, shown_default
 from harness.text import markdown
 
 ROOT = Path(__file__).parent
-PAGES = ("README.md", "docs/flags.md", "results/README.md", "results/paper.md")
+PAGES = ("README.md", "docs/flags.md", "results/README.md", "results/arms.md", "results/paper.md")
 FIGURE = re.compile(r"!\[[^]]*\]\((.+?\.png)\)")
 POWER = 2.8  # 1.96 + 0.84: 80% power at 0.05, two-sided, by a normal's quantiles
 

@@ -55,7 +55,7 @@ EPOCHS += [("--algo", "directed-maml", *words.split()) for words in (
 
 @pytest.mark.parametrize("words", EPOCHS, ids=" ".join)
 def test_an_epoch_asks_nothing_of_the_host(words):
-    batch = make_batch("meta", *words)
+    batch = make_batch("meta", "--horizon", "2", *words)
     batch.set_schedules()
     with NothingOfTheHost():
         measured = run.train_epoch(batch)

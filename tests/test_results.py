@@ -448,7 +448,7 @@ def test_the_protocols_runs_and_comparisons_are_checked(small_protocol, tmp_path
     lines = {arm: (protocol.sizes_of("point", arm), np.arange(12) + i, 1001) for i, arm in enumerate("ABCDEFG")}
     write(".", lines)
     assert [line.split(": ")[0] for line in check.check_protocol()] == [
-        str(tmp_path / name) for name in ("choices.csv", "differences.csv")
+        str(tmp_path / name) for name in ("choices.csv", "differences.csv", "same-sizes.csv")
     ]
     protocol.main([])
     assert list(check.check_protocol()) == []
@@ -514,5 +514,5 @@ def test_arms_are_compared_at_the_same_step_sizes(small_protocol):
     lines = {f"{arm}{n}": (tried[n - 1], [own[n - 1]] * 3, 101) for arm, own in areas.items() for n in (1, 2, 3)}
     write("tuning", lines)
     write(".", {arm: (protocol.sizes_of("point", arm), range(12), 1001) for arm in "ABCDEFG"})
-    expected = {"family": "point", "seeds": 3, "configurations": 3, "A": 2, "C": 0, "D": 0}
+    expected = {"family": "point", "seeds": 3, "A": "2 of 3", "C": "0 of 3", "D": "0 of 3"}
     assert protocol.same_sizes() == [expected]
