@@ -401,9 +401,12 @@ def tables():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m results.protocol", description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", choices=[[], *FAMILIES], metavar="FAMILY")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--commands", action="store_true", help="print the commands of the test runs")
     args = parser.parse_args(arguments)
+    for name in args.families:
+        if name not in FAMILIES:
+            parser.error(f"unknown family {name}; there are {', '.join(FAMILIES)}")
     for name in args.families:
         if args.commands:
             for arm in FAMILIES[name].arms:
