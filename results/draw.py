@@ -115,7 +115,8 @@ def draw_differences(plt):
         "B-C": "B − C: medium − random task",
         "A-F": "A − F: adapting − joint training",
     }
-    families = list(dict.fromkeys(row["family"] for row in rows))
+    families = dict.fromkeys(row["family"] for row in rows)
+    families = [name for name in families if protocol.FAMILIES[name].learner == "fomaml"]
     size = 2.6 * len(families) + 2.2, 3.6
     figure, panels = plt.subplots(1, len(families), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for panel, family in zip(panels.flat, families, strict=True):

@@ -57,6 +57,7 @@ class Family:
     tuning_seeds: str = "101-103"
     first_seed: int = 1001  # of the test
     repeats: str = ""  # the family whose experiment this one repeats
+    learner: str = "fomaml"
 
     def epochs_of(self, arm):
         return self.epochs if arm in ADAPTING else 2 * self.epochs
@@ -74,6 +75,14 @@ FAMILIES = {
     "cartpole-again": Family(
         (0.001, 0.03), (0.001, 0.03), 1_300_000, 150, 4,
         arms="ABDE", tuning_seeds="111-120", first_seed=2001, repeats="cartpole",
+    ),
+    "point-maml": Family(
+        (0.01, 0.1), (0.001, 0.03), 400_000, 200, 0.1,
+        arms="ABDE", tuning_seeds="111-120", first_seed=2001, repeats="point", learner="maml",
+    ),
+    "velocity-maml": Family(
+        (0.003, 0.03), (0.0001, 0.003), 400_000, 200, 0.75,
+        arms="ABDE", tuning_seeds="111-120", first_seed=2001, repeats="velocity", learner="maml",
     ),
 }  # fmt: skip
 RATIO = (0.5, 10)  # δ / β
@@ -116,7 +125,8 @@ def drawn(text, count, beta):
 def flags(name, arm, sizes, seeds):
     """The flags of an arm's runs, without --out."""
     family, (alpha, beta, delta) = FAMILIES[name], sizes
-    said = f"--env {env_of(name)} {ARMS[arm]} {family.flags} --beta {beta:g}"
+    own = ARMS[arm].replace("fomaml", family.learner)
+    said = f"--env {env_of(name)} {own} {family.flags} --beta {beta:g}"
     if arm in ADAPTING:
         said += f" --alpha {alpha:g}"
     if arm in DIRECTED:
@@ -298,10 +308,10 @@ def holm(p, count):
 
 
 def adjust(p):
-    """{(family, comparison): p} -> the same by Holm's method, for the main experiment and for its repetitions apart."""
-    repetitions = {name for name, family in FAMILIES.items() if family.repeats}
+    """{(family, comparison): p} -> the same by Holm's method, for the main experiment and for each repetition apart."""
+    repetitions = [{name} for name, family in FAMILIES.items() if family.repeats]
     adjusted = {}
-    for names in (FAMILIES.keys() - repetitions, repetitions):
+    for names in (FAMILIES.keys() - set().union(*repetitions), *repetitions):
         adjusted |= holm({key: p[key] for key in p if key[0] in names}, len(names) * len(PRIMARY))
     return adjusted
 

@@ -35,7 +35,7 @@ experiment() { # NAME FLAGS..
 }
 
 # The main experiment, PROTOCOL.md
-for family in point velocity cartpole crossing lunarlander cartpole-again; do
+for family in point velocity cartpole crossing lunarlander cartpole-again point-maml velocity-maml; do
   if is_next protocol/$family; then python -m results.protocol $family; fi
 done
 

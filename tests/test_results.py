@@ -346,12 +346,16 @@ def test_holms_adjustment_by_hand():
 
 
 def test_a_repetition_has_the_same_configurations_fresh_seeds_and_an_adjustment_of_its_own():
-    [(name, family)] = [(name, family) for name, family in protocol.FAMILIES.items() if family.repeats]
-    first = protocol.FAMILIES[family.repeats]
-    assert np.array_equal(protocol.configurations(name), protocol.configurations(family.repeats))
-    assert parse(protocol.flags(name, "B", (0.01, 0.02, 0.03), "1-3")).env == family.repeats
-    assert not set(protocol.seeds_of(family.tuning_seeds)) & set(protocol.seeds_of(first.tuning_seeds))
-    assert family.first_seed > first.first_seed + protocol.MOST
+    repetitions = {name: family for name, family in protocol.FAMILIES.items() if family.repeats}
+    for name, family in repetitions.items():
+        first = protocol.FAMILIES[family.repeats]
+        assert np.array_equal(protocol.configurations(name), protocol.configurations(family.repeats))
+        args = parse(protocol.flags(name, "B", (0.01, 0.02, 0.03), "1-3"))
+        assert args.env == family.repeats and args.algo == [f"directed-{family.learner}"]
+        assert not set(protocol.seeds_of(family.tuning_seeds)) & set(protocol.seeds_of(first.tuning_seeds))
+        assert family.first_seed > first.first_seed + protocol.MOST
+        same = replace(family, arms=first.arms, tuning_seeds=first.tuning_seeds, first_seed=first.first_seed)
+        assert replace(same, repeats="", learner="fomaml") == first
     adjusted = protocol.adjust({(name, "B-A"): 0.01, (family.repeats, "B-A"): 0.002})
     assert adjusted == pytest.approx({(name, "B-A"): 3 * 0.01, (family.repeats, "B-A"): 15 * 0.002})
 
