@@ -40,12 +40,7 @@ def with_family_defaults(args, env):
 def plan(args, algo, env):
     """The runs of one algorithm, a folder and settings each: every setting that makes a run what it is; None for those
     that do not apply to it."""
-    settings = {}
-    for setting in (x for x in ALL_SETTINGS.values() if x.identity):
-        value = getattr(args, setting.name)
-        value = default_of(setting, env, algo) if value is None else value
-        value = list(value) if isinstance(value, tuple) else value
-        settings[setting.name] = value if setting.kept or applies(setting, args, algo) else None
+    settings = identity(args, algo, env, vars(args))
     settings["threshold"] = default_of(ALL_SETTINGS["threshold"], env) if args.threshold is None else args.threshold
     settings |= {"algo": algo, "range": [x for pair in zip(env.low, env.high, strict=True) for x in pair]}
     if settings["delta_schedule"] != "converged":
@@ -83,12 +78,22 @@ def before_flags(settings, env=None):
     """
     algo = settings["algo"]
     args = SimpleNamespace(**dict.fromkeys(ALL_SETTINGS) | settings)
-    before = {}
+    return identity(args, algo, env, {})
+
+
+def identity(args, algo, env, given):
+    """What makes a run that run, as config.json has it: what is given, else the default; None where it does not apply.
+
+    args: what decides whether a setting applies; given: {name: value, or None}.
+    """
+    found = {}
     for setting in (x for x in ALL_SETTINGS.values() if x.identity):
-        default = False if setting.type is bool else default_of(setting, env, algo)
-        default = list(default) if isinstance(default, tuple) else default
-        before[setting.name] = default if setting.kept or applies(setting, args, algo) else None
-    return before
+        value = given.get(setting.name)
+        if value is None:
+            value = False if setting.type is bool else default_of(setting, env, algo)
+        value = list(value) if isinstance(value, tuple) else value
+        found[setting.name] = value if setting.kept or applies(setting, args, algo) else None
+    return found
 
 
 def check_run(settings, beta_alpha):
