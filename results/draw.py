@@ -4,6 +4,7 @@ From the repository's root: `python -m results.draw`. Nothing here reads runs: t
 is committed.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -115,11 +116,14 @@ def draw_differences(plt):
         "B-C": "B − C: medium − random task",
         "A-F": "A − F: adapting − joint training",
     }
-    families = dict.fromkeys(row["family"] for row in rows)
-    families = [name for name in families if protocol.FAMILIES[name].learner == "fomaml"]
-    size = 2.6 * len(families) + 2.2, 3.6
-    figure, panels = plt.subplots(1, len(families), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for panel, family in zip(panels.flat, families, strict=True):
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    columns = min(len(families), 4)
+    lines = math.ceil(len(families) / columns)
+    size = 2.6 * columns + 2.2, 3 * lines + 0.6
+    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for panel in panels.flat[len(families) :]:
+        panel.remove()
+    for panel, family in zip(panels.flat, families, strict=False):
         own = {row["comparison"]: row for row in rows if row["family"] == family}
         panel.axvspan(-1, 1, color="0.9")
         panel.axvline(0, color="0.5", linewidth=0.8)
@@ -136,13 +140,13 @@ def draw_differences(plt):
         panel.set_xlabel("difference of the area", fontsize=9)
         panel.grid(alpha=0.3, axis="x")
         panel.set_xscale("symlog", linthresh=2)
-        ticks = [
-            x for x in (-30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30) if panel.get_xlim()[0] <= x <= panel.get_xlim()[1]
-        ]
+        low, high = panel.get_xlim()
+        ticks = [x for x in (-30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30, 100) if low <= x <= high]
         panel.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
         panel.set_xticks([], minor=True)
-    panels[0, 0].set_yticks(range(len(names)), list(names.values()))
-    panels[0, 0].invert_yaxis()
+    panels[0, 0].invert_yaxis()  # they share it
+    for panel in panels[:, 0]:
+        panel.set_yticks(range(len(names)), list(names.values()))
     figure.suptitle(
         "In smallest effects of interest (grey band: too small to matter), logarithmic beyond ±2; mean, 90% and 95% "
         "interval\nblue: primary comparisons; grey: secondary, of which nothing is claimed",
